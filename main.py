@@ -34,22 +34,23 @@ DATASET_ALIASES = {"wikitext": WIKITEXT}  # as it was called when names had no o
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words, untouched text: trains in an evening on one GPU
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files; each also with .gz behind it
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")  # what a model directory keeps its weights in
-TOKENIZE_BYTES = 2_000_000  # text per call of the tokenizer: its working memory is about 100 times that
+TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
     "(1) add --bf16; "  # halves the activations, costs nothing on a GPU since Ampere
-    "(2) halve --per_device_train_batch_size (4, 2, 1) and double --gradient_accumulation_steps: the same training; "
+    "(2) halve --per_device_train_batch_size (4, 2, 1) and double "  # fewer activations at a time …
+    "--gradient_accumulation_steps: the same training; "  # … and the same effective batch
     "(3) add --gradient_checkpointing: about 20 % slower; "  # keeps one activation per layer
     "(4) shorten --max_seq_length (2048, 1024, 512)"  # the one remedy that changes what is learnt
 )
 
 
-def say(*lines):
+def say(*lines):  # progress and results, on standard output
     """Print lines once, however many processes train: only rank 0 speaks."""
     if os.environ.get("RANK", "0") == "0":  # set by accelerate launch and torchrun; absent for one process
         print(*lines, sep="\n", flush=True)  # flushed, so that a log file shows it before the run ends
 
 
-def fail(message, status=2):
+def fail(message, status=2):  # every sentence of promise 3 goes through here
     """End the run with one sentence instead of a traceback.
 
     Args: message (str): what is wrong, where, and what to do. status (int): 2 for a wrong call or wrong data, 1 else.
@@ -60,7 +61,7 @@ def fail(message, status=2):
     sys.exit(status)  # SystemExit is no Exception, so no library on the way wraps it
 
 
-def nearest(name, names):
+def nearest(name, names):  # the help that a misspelt name gets
     """Return a hint such as ' (did you mean "text"?)' for the closest of names, or an empty string."""
     close = difflib.get_close_matches(name, names, n=1)  # similarity of at least 0.6, else nothing
     return f" (did you mean {close[0]}?)" if close else ""  # stands right behind the wrong name in a sentence
@@ -69,18 +70,18 @@ def nearest(name, names):
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):  # its own error message, nothing else
     """argparse whose errors are one sentence, without the usage of sixty flags before it."""
 
-    def error(self, message):
+    def error(self, message):  # argparse calls it for a wrong value
         """Fail with message and exit status 2, as argparse does."""
         fail(f"{message}; see python main.py --help")  # the list of flags is one command away
 
 
-def number(kind, low, strict=False):
+def number(kind, low, strict=False):  # for the type= of a flag
     """Return an argparse type: kind (int or float), at least low, or above low when strict. Raises: a clear error."""
 
-    def parse(text):
+    def parse(text):  # kind, low and strict are remembered
         try:  # "abc", "1e-3" for an int
             value = kind(text)  # what the flag will hold
         except ValueError:  # not a number of this kind
@@ -93,15 +94,7 @@ def number(kind, low, strict=False):
     return parse  # argparse calls it with the flag's text
 
 
-def yes_no(text):
-    """Parse the optional value of an on/off flag: `--bf16`, `--bf16 true` and `--bf16 false` all work."""
-    choices = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}  # as the Trainer's flags
-    if text.lower() not in choices:  # "--bf16 data.txt" is a slip worth naming
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")  # argparse adds the flag's name
-    return choices[text.lower()]  # a plain bool
-
-
-def trainer_flags():
+def trainer_flags():  # for the names that are not ours
     """Return the names of all fields of transformers.TrainingArguments, read from its source in a few milliseconds."""
     package = importlib.util.find_spec("transformers")  # finds the package, imports nothing
     if package is None:  # a fresh machine before the set-up
@@ -113,7 +106,7 @@ def trainer_flags():
     return [node.target.id for node in classes[0].body if isinstance(node, ast.AnnAssign)]  # "name: type = field(…)"
 
 
-def parse_args(argv=None):
+def parse_args(argv=None):  # the whole command line
     """Read the command line.
 
     Args: argv (list[str] or None): the arguments; None takes the process's own.
@@ -122,85 +115,85 @@ def parse_args(argv=None):
     """
     parser = Parser(  # ours first: the flags of this script with its defaults
         description="Fine-tune Google's Gemma 3 270M on text.",  # the first line of --help
-        epilog="Every other flag of transformers.TrainingArguments works too, for example --max_steps, "
-        "--lr_scheduler_type cosine, --torch_compile, --dataloader_num_workers.",  # the last lines of --help
+        epilog="Every other flag of transformers.TrainingArguments works too, "  # the last lines of --help
+        "for example --max_steps, --lr_scheduler_type cosine, --dataloader_num_workers.",  # 120 of them
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,  # every flag's help ends with its default
         allow_abbrev=False,  # a shortened flag is a misspelt flag: it must not pick another one silently
     )
-    switch = {"nargs": "?", "const": True, "default": False, "type": yes_no, "metavar": "BOOL"}  # an on/off flag
+    switch = {"action": "store_true"}  # off unless given
     count, positive = number(int, 1), number(float, 0, strict=True)  # sizes; rates and epochs
     steps = number(float, 0, strict=True)  # an interval in steps, or below 1 a fraction of the run, as the Trainer's
 
-    model = parser.add_argument_group("model")  # which weights, which attention
-    model.add_argument("--model_name_or_path", default="google/gemma-270m", help="hub name or local directory")
-    model.add_argument("--use_flash_attention", **switch, help="Flash Attention 2; needs a GPU and flash-attn")
+    add = parser.add_argument_group("model").add_argument  # which weights, which attention
+    add("--model_name_or_path", default="google/gemma-270m", help="hub name or local directory")  # an alias, see above
+    add("--use_flash_attention", **switch, help="Flash Attention 2; needs a GPU and flash-attn")  # skips masked blocks
 
-    data = parser.add_argument_group("data")  # either files or a data set, never both
-    data.add_argument("--dataset_name", help="hub name, or a local data set directory")
-    data.add_argument("--dataset_config_name", help="configuration of the hub data set")
-    data.add_argument("--train_file", nargs="+", help="local .json .jsonl .csv .txt, also .gz; several, or a glob")
-    data.add_argument("--validation_file", nargs="+", help="the same, for evaluation")
-    data.add_argument("--text_column", default="text", help="the column that holds the text")
-    data.add_argument("--max_seq_length", type=number(int, 2), default=2048, help="tokens per chunk")
-    data.add_argument("--no_truncation", **switch, help="keep texts longer than a chunk whole")
-    data.add_argument("--add_eos", **switch, help="end each text with the end-of-sequence token")
-    data.add_argument("--max_train_samples", type=count, help="train on the first N chunks only")
-    data.add_argument("--max_eval_samples", type=count, help="evaluate on the first N chunks only")
-    data.add_argument("--preprocessing_num_workers", type=count, help="processes that tokenize; one uses all cores")
-    data.add_argument("--cache_dir", help="where prepared data is kept for the next run (default: the datasets cache)")
-    data.add_argument("--overwrite_cache", **switch, help="prepare the data anew")
+    add = parser.add_argument_group("data").add_argument  # either files or a data set, never both
+    add("--dataset_name", help="hub name, or a local data set directory")  # its train and validation splits
+    add("--dataset_config_name", help="configuration of the hub data set")  # many hold several, such as languages
+    add("--train_file", nargs="+", help=".json .jsonl .csv .txt, also .gz; several, or a glob")  # your own text
+    add("--validation_file", nargs="+", help="the same, for evaluation")  # held out: never trained on
+    add("--text_column", default="text", help="the column that holds the text")  # of .json, .csv and data sets
+    add("--max_seq_length", type=number(int, 2), default=2048, help="tokens per chunk")  # attention reaches no further
+    add("--no_truncation", **switch, help="keep texts longer than a chunk whole")  # for books; the default cuts them
+    add("--add_eos", **switch, help="end each text with the end-of-sequence token")  # so that the model learns to stop
+    add("--max_train_samples", type=count, help="train on the first N chunks only")  # for a quick try
+    add("--max_eval_samples", type=count, help="evaluate on the first N chunks only")  # for quick evaluations
+    add("--preprocessing_num_workers", type=count, help="processes that tokenize")  # unset: one, on all cores
+    add("--cache_dir", help="where prepared data is kept for the next run")  # unset: the cache of datasets
+    add("--overwrite_cache", **switch, help="prepare the data anew")  # normally found out by itself
 
-    train = parser.add_argument_group("training")  # the schedule and the optimizer
-    train.add_argument("--num_train_epochs", type=positive, default=3, help="passes over the data")
-    train.add_argument("--per_device_train_batch_size", type=count, default=4, help="chunks per device at a time")
-    train.add_argument("--per_device_eval_batch_size", type=count, default=4, help="the same, in evaluation")
-    train.add_argument("--gradient_accumulation_steps", type=count, default=8, help="batches per optimizer step")
-    train.add_argument("--learning_rate", type=positive, default=2e-5, help="peak, after the warm-up")
-    train.add_argument("--weight_decay", type=number(float, 0), default=0.01, help="AdamW's")
-    train.add_argument("--warmup_steps", type=number(float, 0), default=500, help="steps of rising learning rate")
+    add = parser.add_argument_group("training").add_argument  # the schedule and the optimizer
+    add("--num_train_epochs", type=positive, default=3, help="passes over the data")  # each in a new order
+    add("--per_device_train_batch_size", type=count, default=4, help="chunks per device at a time")  # fills the GPU
+    add("--per_device_eval_batch_size", type=count, default=4, help="the same, in evaluation")  # changes no result
+    add("--gradient_accumulation_steps", type=count, default=8, help="batches per optimizer step")  # costs no memory
+    add("--learning_rate", type=positive, default=2e-5, help="its peak, after the warm-up")  # then falls to zero
+    add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW")  # not on norms and biases
+    add("--warmup_steps", type=number(float, 0), default=500, help="steps of rising learning rate")  # below 1: a part
 
-    memory = parser.add_argument_group("memory")  # what to reach for when a GPU is full
-    memory.add_argument("--bf16", **switch, help="bfloat16 autocast over float32 weights")
-    memory.add_argument("--fp16", **switch, help="float16 autocast, for GPUs before Ampere")
-    memory.add_argument("--gradient_checkpointing", **switch, help="recompute activations: less memory, 20 %% slower")
+    add = parser.add_argument_group("memory").add_argument  # what to reach for when a GPU is full
+    add("--bf16", **switch, help="bfloat16 autocast over float32 weights")  # the right choice on an A40 or H100
+    add("--fp16", **switch, help="float16 autocast, for GPUs before Ampere")  # with loss scaling
+    add("--gradient_checkpointing", **switch, help="recompute activations: 20 %% slower")  # keeps one per layer
 
-    logs = parser.add_argument_group("logging and checkpoints")  # what is written, and when
-    logs.add_argument("--output_dir", default="./outputs", help="checkpoints, logs and the finished model")
-    logs.add_argument("--logging_steps", type=steps, default=10, help="steps between log lines")
-    logs.add_argument("--save_steps", type=steps, default=500, help="steps between checkpoints")
-    logs.add_argument("--eval_steps", type=steps, default=500, help="steps between evaluations, if there is data")
-    logs.add_argument("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")
-    logs.add_argument("--report_to", nargs="+", default=["tensorboard"], help="tensorboard, wandb or none")
-    logs.add_argument("--resume_from_checkpoint", help="go on from this one (default: the newest in output_dir)")
+    add = parser.add_argument_group("logging and checkpoints").add_argument  # what is written, and when
+    add("--output_dir", default="./outputs", help="checkpoints, logs and the finished model")  # one run each
+    add("--logging_steps", type=steps, default=10, help="steps between log lines")  # loss, rate, gradient norm
+    add("--save_steps", type=steps, default=500, help="steps between checkpoints")  # 3.2 GB each
+    add("--eval_steps", type=steps, default=500, help="steps between evaluations")  # only with validation data
+    add("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")  # older ones go
+    add("--report_to", nargs="+", default=["tensorboard"], help="tensorboard, wandb or none")  # where curves go
+    add("--resume_from_checkpoint", help="go on from this one")  # unset: from the newest in output_dir
 
-    misc = parser.add_argument_group("misc")  # the rest
-    misc.add_argument("--seed", type=number(int, 0), default=42, help="of the order of chunks and of new weights")
-    misc.add_argument("--do_train", **switch, help="train; on unless --do_eval is given alone")
-    misc.add_argument("--do_eval", **switch, help="given alone: only evaluate the model on the validation data")
+    add = parser.add_argument_group("misc").add_argument  # the rest
+    add("--seed", type=number(int, 0), default=42, help="of the order of chunks and of new weights")  # repeatable
+    add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # accepted as other scripts do
+    add("--do_eval", **switch, help="given alone: only evaluate the model on the validation data")  # before and after
 
     argv = sys.argv[1:] if argv is None else argv  # the tests pass their own
-    dashes = [text.partition("=") for text in argv]  # "--learning-rate=1" → name, "=", value
-    argv = [(a.replace("-", "_").replace("__", "--", 1) if a[:2] == "--" else a) + b + c for a, b, c in dashes]  # both
+    split = [text.partition("=") for text in argv]  # "--learning-rate=1" → flag, "=", value
+    argv = [("--" + a[2:].replace("-", "_") if a[:2] == "--" else a) + b + c for a, b, c in split]  # either spelling
     args, extra = parser.parse_known_args(argv)  # extra: the Trainer's flags and whatever is misspelt
     theirs = trainer_flags() if extra else []  # only looked up when there is something to look up
-    ours = [name for name in vars(args)]  # every destination is a flag's name
+    known = [f"--{name}" for name in [*vars(args), *theirs]]  # every destination of ours is a flag's name
     for text in extra:  # flags and their values, in the order given
         name = text[2:].partition("=")[0]  # "--max_steps=10" → "max_steps"
         if text.startswith("--") and name not in theirs and name.removeprefix("no_") not in theirs:  # nobody's flag
-            fail(f"unknown flag --{name}{nearest('--' + name, ['--' + known for known in ours + theirs])}")  # the slip
-    if extra and not extra[0].startswith("--"):  # a word that belongs to no flag, such as a file name alone
-        fail(f"{extra[0]!r} belongs to no flag: put --train_file or another flag before it")  # the usual slip
+            fail(f"unknown flag --{name}{nearest('--' + name, known)}; see python main.py --help")  # a slip of a letter
+    if extra and not extra[0].startswith("--"):  # a word on its own, such as a file name or "--bf16 true"
+        fail(f"{extra[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # both slips
     args.trainer_argv = extra  # HfArgumentParser checks their values once it is imported
     check_args(args)  # paths and combinations: everything that can be found wrong without torch
     return args  # from here on the call is known to be sensible
 
 
-def check_args(args):
+def check_args(args):  # the part that argparse cannot say
     """Check combinations and paths, expand globs and aliases in place. Raises: SystemExit(2) after one sentence."""
     if args.bf16 and args.fp16:  # two autocast types at once
-        fail("--bf16 and --fp16 exclude each other: keep --bf16 on GPUs since Ampere (A40, A100, H100), --fp16 before")
+        fail("--bf16 and --fp16 exclude each other: keep --bf16 (A40 and newer GPUs), or --fp16")  # one of them
     if args.use_flash_attention and importlib.util.find_spec("flash_attn") is None:  # the optional package
-        fail("--use_flash_attention needs the flash-attn package: pip install flash-attn --no-build-isolation")
+        fail("--use_flash_attention needs a package: pip install flash-attn --no-build-isolation")  # built from source
     if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:  # the other optional package
         fail("--report_to wandb needs the wandb package: pip install wandb")  # else found after the data is prepared
 
@@ -208,9 +201,9 @@ def check_args(args):
     if args.dataset_name and (args.train_file or args.validation_file):  # which of the two was meant?
         fail("data given twice: use either --dataset_name or --train_file/--validation_file")  # never a silent choice
     if not args.dataset_name and not args.train_file and not args.evaluate_only:  # nothing to train on
-        fail("no training data: give --dataset_name NAME or --train_file FILE (.json, .jsonl, .csv, .txt)")
+        fail("no training data: give --dataset_name NAME or --train_file FILE (.jsonl .json .csv .txt)")  # two ways
     if not args.dataset_name and not args.validation_file and args.evaluate_only:  # nothing to evaluate on
-        fail("--do_eval needs validation data: give --validation_file FILE or --dataset_name NAME")
+        fail("--do_eval needs validation data: give --validation_file FILE or --dataset_name NAME")  # two ways
     args.train_file = find_files("--train_file", args.train_file or [])  # a sorted list of existing, readable files
     args.validation_file = find_files("--validation_file", args.validation_file or [])  # likewise
 
@@ -222,11 +215,11 @@ def check_args(args):
     if os.path.isdir(folder):  # a local model: look at once whether it can be one
         args.model_name_or_path = folder  # the expanded path
         if not os.path.isfile(os.path.join(folder, "config.json")):  # what kind of model is it?
-            fail(f"--model_name_or_path {folder}: the directory has no config.json; it must hold a saved model")
+            fail(f"--model_name_or_path {folder}: the directory has no config.json; name a saved model")  # a wrong path
         if not any(glob.glob(os.path.join(glob.escape(folder), pattern)) for pattern in WEIGHT_FILES):  # no weights
             fail(f"--model_name_or_path {folder}: the directory has no weights (model.safetensors)")  # a half copy
     elif os.path.exists(folder) or folder.startswith((".", os.sep)) or folder.count("/") > 1:  # no hub name either
-        fail(f"--model_name_or_path {folder}: no such directory; give one, or a hub name such as google/gemma-270m")
+        fail(f"--model_name_or_path {folder}: no such directory; give one, or a hub name")  # google/gemma-270m, say
 
     args.output_dir = os.path.expanduser(args.output_dir)  # the Trainer does the same later
     try:  # a bad place is found now, not at the first checkpoint hours later
@@ -235,13 +228,13 @@ def check_args(args):
             raise PermissionError("no permission to write there")  # joins the other cases below
     except OSError as error:  # FileExistsError, NotADirectoryError, PermissionError, read-only file system, …
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error  # in plain words
-        fail(f"--output_dir {args.output_dir} cannot be used: {reason}; choose a directory you can write to")
+        fail(f"--output_dir {args.output_dir} cannot be used: {reason}; choose one you can write to")  # at once
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
     if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
-        fail(f"--resume_from_checkpoint {last}: not a checkpoint directory (it has no trainer_state.json)")
+        fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # perhaps one up
 
 
-def find_files(flag, patterns):
+def find_files(flag, patterns):  # --train_file and --validation_file
     """Expand globs and check each file. Returns: list[str] of absolute paths. Raises: SystemExit(2)."""
     files = []  # in the order given: it is the order of training text before shuffling
     for pattern in patterns:  # the shell has expanded unquoted globs already
@@ -252,9 +245,10 @@ def find_files(flag, patterns):
             fail(f"{flag} {pattern}: no such file{nearest(pattern, near)}")  # often a slip of a letter
         for path in found:  # each must be a file of a known kind with something in it
             if os.path.isdir(path):  # a data set directory goes to the other flag
-                fail(f"{flag} {path} is a directory: name files in it, or use --dataset_name for a data set directory")
+                fail(f"{flag} {path} is a directory: name files in it, or use --dataset_name")  # a data set on disk
             if os.path.splitext(path.removesuffix(".gz"))[1].lower() not in FORMATS:  # the extension is the format
-                fail(f"{flag} {path}: unknown extension; known are {', '.join(FORMATS)}, each also with .gz")
+                known = " ".join(FORMATS)  # .parquet and others come in through --dataset_name
+                fail(f"{flag} {path}: unknown extension; known are {known}, each also with .gz")  # no guessing
             if not os.access(path, os.R_OK):  # somebody else's file
                 fail(f"{flag} {path} cannot be read: no permission (try chmod +r)")  # before six seconds of imports
             if os.path.getsize(path) == 0:  # a failed export
@@ -266,13 +260,13 @@ def find_files(flag, patterns):
 # ── Trainer's arguments ──────────────────────────────────────────────────────────────────────────────────────────────
 
 TRAINER_FLAGS = (  # flags above that are TrainingArguments fields of the same name: handed over as they are
-    "output_dir num_train_epochs per_device_train_batch_size per_device_eval_batch_size gradient_accumulation_steps "
-    "learning_rate weight_decay warmup_steps bf16 fp16 logging_steps save_steps eval_steps save_total_limit seed "
-    "do_train do_eval"
+    "output_dir num_train_epochs per_device_train_batch_size per_device_eval_batch_size "  # how much at a time
+    "gradient_accumulation_steps learning_rate weight_decay warmup_steps bf16 fp16 "  # how each step is made
+    "logging_steps save_steps eval_steps save_total_limit seed"  # what is kept of it
 ).split()  # a list of names
 
 
-def make_training_arguments(args):
+def make_training_arguments(args):  # the first use of torch
     """Turn the command line into transformers.TrainingArguments.
 
     On several processes this also creates the process group; on a machine without a GPU it chooses the CPU.
@@ -285,7 +279,7 @@ def make_training_arguments(args):
         if args.fp16:  # float16 autocast has no CPU kernels worth the name
             fail("--fp16 needs a GPU; on the CPU use --bf16 or neither")  # bfloat16 is fine there
         if args.use_flash_attention:  # its kernels are CUDA kernels
-            fail("--use_flash_attention needs a GPU (Ampere or newer); leave it out to use PyTorch's own attention")
+            fail("--use_flash_attention needs a GPU; leave it out to use PyTorch's own attention")  # Ampere or newer
         say("No GPU found: training on the CPU.")  # the one notice line
         args.trainer_argv += ["--use_cpu"]  # also makes several processes talk over gloo instead of NCCL
     if args.use_flash_attention and not args.fp16:  # its kernels take 16-bit inputs only
@@ -305,7 +299,7 @@ def make_training_arguments(args):
 # ── Data: read → tokenize → group_texts ──────────────────────────────────────────────────────────────────────────────
 
 
-def load_and_prepare_dataset(args, tokenizer, rebuild=False):
+def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # text in, chunks out
     """Read, tokenize and pack the training and validation text.
 
     Args: args: the parsed command line. tokenizer: of the model. rebuild (bool): do not use the cache.
@@ -313,14 +307,14 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):
         max_seq_length int32 token ids, memory-mapped from the cache; None for a split that there is no data for.
     Raises: SystemExit(2) after one sentence when the data is not what it should be.
     """
+    needed = "validation" if args.evaluate_only else "train"  # the split without which there is nothing to do
     if args.dataset_name:  # the hub, its cache, or a directory
-        splits = load_named_dataset(args.dataset_name, args.dataset_config_name, args.text_column, args.cache_dir)
+        name, config = args.dataset_name, args.dataset_config_name  # the configuration may be None
+        splits = load_named_dataset(name, config, args.text_column, needed, args.cache_dir)  # split → rows
     else:  # one split for each flag that was given
         given = {"train": args.train_file, "validation": args.validation_file}  # split → list of paths, maybe empty
         options = (args.text_column, args.cache_dir, rebuild)  # the same for both
         splits = {name: load_files(name, files, *options) for name, files in given.items() if files}  # split → rows
-    if args.evaluate_only and "validation" not in splits:  # known only now for a named data set
-        fail(f"{args.dataset_name} has no validation split: --do_eval has nothing to evaluate on")  # exit status 2
 
     wanted = {"train": args.max_train_samples, "validation": args.max_eval_samples}  # split → at most so many chunks
     if args.evaluate_only:  # the training text is not needed
@@ -335,7 +329,7 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):
     return chunks.get("train"), chunks.get("validation")  # main() needs both names
 
 
-def load_named_dataset(name, config, column, cache_dir):
+def load_named_dataset(name, config, column, needed, cache_dir):  # --dataset_name
     """Load a data set from the hub, from its cache or from a local directory.
 
     Returns: {"train": Dataset, "validation": Dataset} as far as there are such splits, each with the one column `text`.
@@ -348,36 +342,37 @@ def load_named_dataset(name, config, column, cache_dir):
         config = WIKITEXT_CONFIG  # the small one
         say(f"{name}: no --dataset_config_name given, taking {config}.")  # the one notice line
     try:  # the hub may not know it, may not answer, or may not let us in
-        if os.path.exists(os.path.join(name, "state.json")) or os.path.exists(os.path.join(name, "dataset_dict.json")):
+        saved = [os.path.join(name, file) for file in ("state.json", "dataset_dict.json")]  # of one split; of several
+        if any(os.path.isfile(path) for path in saved):  # a directory with Arrow files
             loaded = datasets.load_from_disk(name)  # made by Dataset.save_to_disk
         else:  # a hub name, or a directory of files as on the hub
             if not config:  # the data set may have several and no default
                 config = datasets.get_dataset_default_config_name(name)  # the only one, or the one marked as default
                 if config is None:  # several: choosing one silently could train on the wrong language
                     names = ", ".join(datasets.get_dataset_config_names(name))  # what its card lists
-                    fail(f"--dataset_name {name} has several configurations: add --dataset_config_name, one of {names}")
+                    fail(f"--dataset_name {name} has several configurations: "  # never guessed
+                         f"choose one with --dataset_config_name: {names}")  # all of them
             loaded = datasets.load_dataset(name, config, cache_dir=cache_dir)  # downloads once, then reads the cache
     except Exception as error:  # the libraries raise a dozen kinds for a handful of reasons
         fail(explain_loading_error("--dataset_name", name, "datasets/", error))  # one sentence with what to do
 
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}  # a single saved Dataset is training data
-    if "train" not in loaded:  # a data set of test questions, say
-        fail(f"--dataset_name {name} has no train split, only {', '.join(loaded)}")  # rather than training on test data
+    if needed not in loaded:  # a data set of test questions, say
+        fail(f"--dataset_name {name} has no {needed} split, only {', '.join(loaded)}: "  # what there is
+             "give files instead, with --train_file and --validation_file")  # rather than taking another split silently
     splits = {split: loaded[split] for split in ("train", "validation") if split in loaded}  # test stays untouched
     for split, rows in splits.items():  # the same column is needed in both
-        if column not in rows.column_names:  # the usual first error with someone else's data
-            listed = ", ".join(rows.column_names)  # what there is instead
-            fail(f"{name}, split {split}: no column {column!r}{nearest(column, rows.column_names)}; columns: {listed}; "
-                 "choose one with --text_column")  # the flag to change
+        check_column(name, f"split {split}", column, rows.column_names)  # the usual first error with others' data
         kind = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)  # "int64", "List"
         if kind not in ("string", "large_string"):  # numbers, lists, nulls, pictures
-            fail(f"{name}, split {split}: column {column!r} holds {kind}, not text; choose another with --text_column")
+            fail(f"{name}, split {split}: column {column!r} holds {kind}, not text; "  # its type on the hub
+                 "choose another with --text_column")  # the flag to change
         rows = rows.select_columns([column])  # the others are not read from the disk any more
         splits[split] = rows if column == "text" else rows.rename_column(column, "text")  # the name used from here on
     return splits  # nothing has been read into memory so far
 
 
-def explain_loading_error(flag, name, kind, error):
+def explain_loading_error(flag, name, kind, error):  # hub, cache and broken files
     """Turn an exception of transformers, datasets or huggingface_hub into a sentence that says what to do.
 
     Args: flag (str): the flag that named it. name (str): hub name or path. kind (str): "datasets/" or "" for models.
@@ -392,19 +387,19 @@ def explain_loading_error(flag, name, kind, error):
     url = f"{constants.ENDPOINT}/{kind}{name}"  # the page where terms are accepted
     if "GatedRepoError" in kinds or "gated dataset" in words:  # Gemma itself is gated
         if "403" in words or "Visit the dataset page" in words:  # the token is good, but its owner was not let in
-            return f"{flag} {name} is gated and your account has no access: accept the terms at {url}, then try again"
-        return f"{flag} {name} is gated: accept the terms at {url}, run hf auth login with your token, then try again"
+            return f"{flag} {name} is gated and your account has no access: accept the terms at {url}"  # once, for good
+        return f"{flag} {name} is gated: accept the terms at {url}, then run hf auth login with your token"  # no token
     if "Invalid credentials" in words:  # a token that was revoked or cut short
-        return f"{flag} {name}: the hub refuses your token; run hf auth login with a new one, then try again"
+        return f"{flag} {name}: the hub refuses your token; run hf auth login with a new one"  # hf.co/settings/tokens
     if "RepositoryNotFoundError" in kinds or "DatasetNotFoundError" in kinds:  # a slip, or a private repository
-        return f"{flag} {name}: the hub knows no such name; check it at {url} (if it is private, run hf auth login)"
+        return f"{flag} {name}: the hub knows no such name; check {url} (if private: hf auth login)"  # 401 or 404
     if "ConnectionError" in kinds or "LocalEntryNotFoundError" in kinds:  # no way to the hub and not downloaded before
-        return (f"{flag} {name} is not in the cache and the hub cannot be reached: check the network, "
-                "or give a local directory")  # both ways out
+        return (f"{flag} {name} is not in the cache and the hub cannot be reached: "  # after half a minute of tries
+                "check the network, or give a local directory")  # both ways out
     return f"{flag} {name} cannot be loaded: {words[:400].strip()}"  # the libraries' own words
 
 
-def load_files(split, files, column, cache_dir, rebuild):
+def load_files(split, files, column, cache_dir, rebuild):  # --train_file, --validation_file
     """Read local files into the cache once. Returns: datasets.Dataset with the one column `text`, memory-mapped."""
     from datasets import Features, Value  # the schema of the cache
 
@@ -414,7 +409,7 @@ def load_files(split, files, column, cache_dir, rebuild):
     return cached(f"{split}_rows", read_texts, kwargs, keys, cache_dir, rebuild, schema)  # the second time at once
 
 
-def cached(name, generator, kwargs, keys, cache_dir, rebuild, features=None):
+def cached(name, generator, kwargs, keys, cache_dir, rebuild, features=None):  # read and pack
     """Write what generator(**kwargs) yields to an Arrow file once, and map it into memory now and in every later run.
 
     This is datasets.Dataset.from_generator, which has no switch to do it again.
@@ -437,7 +432,7 @@ def cached(name, generator, kwargs, keys, cache_dir, rebuild, features=None):
     return builder.as_dataset(split=name)  # memory-mapped: costs no memory until touched
 
 
-def read_texts(files, column):
+def read_texts(files, column):  # a generator: one row in memory at a time
     """Yield {"text": str or None} for every row of the files, in order; every fault names its file and line.
 
     .txt: a line is a text, its line break kept. .csv: the header names the columns. .json: an array of objects, or an
@@ -452,14 +447,15 @@ def read_texts(files, column):
             reader = {".txt": read_txt, ".csv": read_csv, ".json": read_json, ".jsonl": read_json}[kind]  # by extension
             for where, row in reader(path, lines, column):  # where: "line 7", for the sentence
                 if not isinstance(row, str) and row is not None:  # numbers and lists are no text
-                    fail(f"{path}, {where}: column {column!r} holds {json.dumps(row)[:60]}, not text; "
+                    fail(f"{path}, {where}: column {column!r} holds {json.dumps(row)[:60]}, not text; "  # as written
                          "choose another with --text_column, or put quotes around it")  # both ways out
                 if row and not row.isascii() and any("\ud800" <= letter <= "\udfff" for letter in row):  # half a pair
-                    fail(f"{path}, {where}: the text has a lone surrogate (\\ud800 to \\udfff), which is no character")
+                    fail(f"{path}, {where}: the text has half a character, an escape from \\ud800 to \\udfff "  # JSON
+                         "without its other half; remove it")  # nothing can be encoded with it
                 yield {"text": row}  # one row of the cache
 
 
-def decode_lines(path, stream):
+def decode_lines(path, stream):  # bytes → text
     """Yield the lines of a binary stream as str, line breaks as \\n. Raises: SystemExit(2) with the byte offset."""
     offset = 0  # bytes before this line, for the sentence
     try:  # a .gz that was cut short, or is no .gz
@@ -467,7 +463,7 @@ def decode_lines(path, stream):
             try:  # UTF-8 is the one encoding that is read
                 text = line.decode("utf-8")  # most bytes of another encoding fail here
             except UnicodeDecodeError as error:  # Latin-1, UTF-16, a picture
-                fail(f"{path} is not UTF-8: byte {offset + error.start} is 0x{line[error.start]:02x}; "
+                fail(f"{path} is not UTF-8: byte {offset + error.start} is 0x{line[error.start]:02x}; "  # from 0
                      "convert it, for example with iconv -f latin1 -t utf-8")  # the tool that every machine has
             text = text.removeprefix("\ufeff") if offset == 0 else text  # the mark that Excel puts in front
             offset += len(line)  # bytes, not characters
@@ -476,13 +472,13 @@ def decode_lines(path, stream):
         fail(f"{path} cannot be read to its end: {error}")  # the disk, the network share, or a broken archive
 
 
-def read_txt(path, lines, column):
+def read_txt(path, lines, column):  # the simplest of three readers
     """Yield ("line N", text) for each line; the column does not matter."""
     for number_, line in enumerate(lines, 1):  # counted from 1, as editors do
         yield f"line {number_}", line  # with its line break: it is part of the text
 
 
-def read_csv(path, lines, column):
+def read_csv(path, lines, column):  # datasets would read "NA" as null and fill short rows
     """Yield ("line N", text) for each row; values in quotes may span lines. Raises: SystemExit(2)."""
     csv.field_size_limit(2**31 - 1)  # Python's default refuses texts over 128 KiB
     rows = csv.reader(lines, strict=True)  # strict: an open quote is an error, not the rest of the file in one cell
@@ -493,28 +489,20 @@ def read_csv(path, lines, column):
         for row in rows:  # lists of str
             where = f"line {rows.line_num}"  # the last line of a value that spans several
             if row and len(row) != len(header):  # a comma too many or too few: which cell is the text?
-                fail(f"{path}, {where}: {len(row)} values, but the header has {len(header)}; "
-                     'texts with commas or line breaks need double quotes around them')  # the usual reason
+                fail(f"{path}, {where}: {len(row)} values, but the header has {len(header)}; "  # ragged
+                     "texts with commas or line breaks need double quotes around them")  # the usual reason
             value = row[place] if row else ""  # an empty line is a blank row
-            numeric = numeric and (not value.strip() or looks_numeric(value))  # stops looking at the first real text
+            digits = value.strip().lstrip("+-").replace(".", "", 1)  # "-1.5" → "15"
+            numeric = numeric and (not digits or digits.isdigit())  # decided by the first real text
             yield where, value  # always str
         if numeric and where:  # a column of ids or prices: surely the wrong one
-            fail(f"{path}: column {column!r} holds only numbers or blanks, not text; choose another with --text_column "
-                 f"(columns: {', '.join(header)})")  # what there is instead
+            fail(f"{path}: column {column!r} holds only numbers or blanks, not text; "  # never trained on silently
+                 f"choose another with --text_column (columns: {', '.join(header)})")  # what there is instead
     except csv.Error as error:  # bad quoting, a NUL byte
         fail(f"{path}, line {rows.line_num}: broken CSV: {error}")  # e.g. "unexpected end of data": an open quote
 
 
-def looks_numeric(value):
-    """Return whether value is a number as text, such as "42" or " 1e-3"."""
-    try:  # float() knows all the forms
-        float(value)  # nan and inf are numbers too, to a spreadsheet
-        return True  # an id, a price, a year
-    except ValueError:  # a word
-        return False  # text
-
-
-def read_json(path, lines, column):
+def read_json(path, lines, column):  # both layouts of JSON
     """Yield ("line N" or "item N", value) for each object of JSON lines or of one JSON array. Raises: SystemExit(2)."""
     numbered = enumerate(lines, 1)  # counted from 1, as editors do
     first, line = next((pair for pair in numbered if pair[1].strip()), (1, ""))  # the first line tells the layout
@@ -531,25 +519,25 @@ def read_json(path, lines, column):
         yield where, row[column]  # a str, or something that read_texts refuses
 
 
-def parse_json(path, start, text):
+def parse_json(path, start, text):  # json.loads with a place
     """Parse text that starts in line `start` of the file. Raises: SystemExit(2) with the line of the fault."""
     try:  # the parser counts lines from the start of text
         return json.loads(text)  # objects become dicts
     except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         line = start + getattr(error, "lineno", 1) - 1  # in the file
-        fail(f"{path}, line {line}: broken JSON: {getattr(error, 'msg', error)}; the file must hold one object a line "
-             "or one array of objects")  # the two layouts
+        fail(f"{path}, line {line}: broken JSON: {getattr(error, 'msg', error)}; "  # the parser's words
+             "the file must hold one object a line or one array of objects")  # the two layouts
 
 
-def check_column(path, where, column, columns):
+def check_column(path, where, column, columns):  # every source of data needs the column
     """Raise SystemExit(2) unless columns, the names there are, holds column."""
     if column not in columns:  # list them: the right one is usually obvious
         names = [str(name) for name in columns]  # a header's cells or an object's keys
-        fail(f"{path}, {where}: no column {column!r}{nearest(column, names)}; columns: {', '.join(names) or 'none'}; "
-             "choose one with --text_column")  # the flag to change
+        fail(f"{path}, {where}: no column {column!r}{nearest(column, names)}; "  # a slip, or the default name
+             f"columns: {', '.join(names) or 'none'}; choose one with --text_column")  # the flag to change
 
 
-def prepare_split(split, rows, tokenizer, args, rebuild):
+def prepare_split(split, rows, tokenizer, args, rebuild):  # one line of report a split
     """Tokenize and pack one split, and report what became of every row and token.
 
     Args: split (str): its name. rows: Dataset with the column `text`. Returns: Dataset of chunks, see above.
@@ -560,15 +548,16 @@ def prepare_split(split, rows, tokenizer, args, rebuild):
 
     if len(rows) == 0:  # a header without rows, "[]"
         fail(f"the {split} data has no rows")  # nothing to tokenize
+    size = TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes)  # rows that hold about so many bytes of text
     cache = os.path.expanduser(args.cache_dir or datasets.config.HF_DATASETS_CACHE)  # beside what was read
     os.makedirs(cache, exist_ok=True)  # absent on a fresh machine when the data came from a local directory
     recipe = (tokenize_texts, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), args.add_eos)  # all that decides
     key = Hasher.hash(recipe)  # a changed text, tokenizer, flag or function makes a new cache file
-    tokenized = rows.map(
+    tokenized = rows.map(  # with a progress bar; in batches, so that memory stays flat
         tokenize_texts,  # a batch of texts → a batch of lists of ids
         fn_kwargs={"tokenizer": tokenizer, "eos": [tokenizer.eos_token_id] if args.add_eos else []},  # what to append
         batched=True,  # the tokenizer works on many texts at once, on all cores
-        batch_size=rows_per_batch(rows),  # its working memory is about 100 times the text
+        batch_size=max(1, min(1000, size)),  # fewer when texts are long: memory stays flat
         remove_columns=["text"],  # only token ids are kept
         features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),  # 4 bytes hold 262,144 ids
         num_proc=args.preprocessing_num_workers,  # None: this process, whose tokenizer is threaded already
@@ -585,25 +574,21 @@ def prepare_split(split, rows, tokenizer, args, rebuild):
     cut = (sizes - length).clip(0) * (not args.no_truncation)  # tokens that truncation takes from each text
     kept = int(sizes.sum(dtype="int64") - cut.sum(dtype="int64"))  # what is packed
     chunks, dropped = divmod(kept, length)  # the one remainder of the whole split
-    say(
+    say(  # every row and every token is accounted for
         f"{split}: {len(rows):,} rows read, {len(rows) - len(tokenized):,} blank skipped, "  # blank: only white space
         f"{(cut > 0).sum():,} texts truncated (-{cut.sum(dtype='int64'):,} tokens), "  # --no_truncation keeps them
         f"{kept:,} tokens kept = {chunks:,} chunks of {length:,} + {dropped:,} tokens dropped at the end"  # adds up
     )
     if chunks == 0:  # any length up to kept gives a chunk, also when it truncates more
-        fail(f"the {split} data has {kept:,} tokens, too few for one chunk of {length:,}: add text, or lower "
-             f"--max_seq_length to {kept:,} or less")  # e.g. a handful of test sentences
-    kwargs = {"tokenized": tokenized, "length": length, "truncate": not args.no_truncation}  # for group_texts
+        fail(f"the {split} data has {kept:,} tokens, too few for one chunk of {length:,}: "  # a handful of sentences
+             f"add text, or use --max_seq_length {kept} or less")  # proven by the comment above
+    files = tuple(file["filename"] for file in tokenized.cache_files)  # one for each process that tokenized, in order
+    kwargs = {"files": files, "length": length, "truncate": not args.no_truncation}  # for group_texts
     keys = (key, length, args.no_truncation)  # of the packed cache
     return cached(f"{split}_chunks", group_texts, kwargs, keys, args.cache_dir, rebuild)  # lists of int32
 
 
-def rows_per_batch(rows):
-    """Return how many rows make about TOKENIZE_BYTES bytes, from 1 to 1000: memory stays flat also with long rows."""
-    return max(1, min(1000, TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes)))  # by the mean size of a row
-
-
-def tokenize_texts(batch, tokenizer, eos):
+def tokenize_texts(batch, tokenizer, eos):  # runs in datasets.map, maybe in several processes
     """Map a batch {"text": list[str or None]} to {"input_ids": list[list[int]]}, blank texts left out.
 
     The tokenizer puts Gemma's BOS before each text; eos (list[int]) goes behind it. Truncation comes later, in
@@ -614,35 +599,39 @@ def tokenize_texts(batch, tokenizer, eos):
     return {"input_ids": [row + eos for row in ids]}  # rows of their own length
 
 
-def group_texts(tokenized, length, truncate):
+def group_texts(files, length, truncate):  # packing
     """Concatenate all texts and yield {"input_ids": chunk} for chunks of exactly `length` tokens.
 
     Works on Arrow's buffers through numpy: 12 million tokens take a fraction of a second. A tail shorter than a chunk
     is carried over from batch to batch, so that only the one at the end of the split is dropped.
-    Args: tokenized: Dataset with `input_ids`, lists of int32. length (int): tokens per chunk.
-        truncate (bool): take at most `length` tokens of each text. Yields: numpy arrays of shape (length,), int32.
+    Args: files (sequence of str): Arrow files with the column `input_ids`, lists of int32. length (int): tokens per
+        chunk. truncate (bool): take at most `length` tokens of each text.
+    Yields: numpy arrays of shape (length,), int32.
     """
     import numpy as np  # array arithmetic
+    import pyarrow as pa  # the format of the cache
     import pyarrow.compute as pc  # the sizes of lists without Python objects
 
     tail = np.empty(0, dtype=np.int32)  # tokens that are in no chunk yet: always fewer than length
-    for table in tokenized.with_format("arrow").iter(batch_size=rows_per_batch(tokenized)):  # a few MB at a time
-        texts = table["input_ids"].combine_chunks()  # one Arrow array of lists
-        tokens = texts.flatten().to_numpy()  # the lists' tokens end to end: no copy
-        if truncate:  # a text's own position of each token decides
-            sizes = pc.list_value_length(texts).to_numpy()  # (texts,)
-            position = np.arange(len(tokens)) - np.repeat(sizes.cumsum() - sizes, sizes)  # (tokens,): 0, 1, … in each
-            tokens = tokens[position < length]  # the same tokens that truncating the text would keep
-        tokens = np.concatenate([tail, tokens])  # in order, none twice
-        whole = len(tokens) // length * length  # only whole chunks train: no padding, no mask
-        yield from ({"input_ids": chunk} for chunk in tokens[:whole].reshape(-1, length))  # rows of the cache
-        tail = tokens[whole:]  # first in the next batch; after the last batch it is what the report calls dropped
+    for path in files:  # the tokenized texts, in their order
+        with pa.OSFile(path) as source, pa.ipc.open_stream(source) as batches:  # read, not mapped: memory stays flat
+            for batch in batches:  # at most a thousand texts
+                texts = batch["input_ids"]  # one Arrow array of lists
+                tokens = texts.flatten().to_numpy()  # the lists' tokens end to end: no copy
+                if truncate:  # each token's position in its own text decides
+                    sizes = pc.list_value_length(texts).to_numpy()  # (texts,)
+                    starts = np.repeat(sizes.cumsum() - sizes, sizes)  # (tokens,): where each token's text begins
+                    tokens = tokens[np.arange(len(tokens)) - starts < length]  # what truncating the texts would keep
+                tokens = np.concatenate([tail, tokens])  # in order, none twice
+                whole = len(tokens) // length * length  # only whole chunks train: no padding, no mask
+                yield from ({"input_ids": chunk} for chunk in tokens[:whole].reshape(-1, length))  # rows of the cache
+                tail = tokens[whole:]  # first in the next batch; in the end, what the report calls dropped
 
 
 # ── Model ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def load_tokenizer(name, max_seq_length):
+def load_tokenizer(name, max_seq_length):  # the first thing a model must have
     """Load the tokenizer of model `name` and check that the model's context holds max_seq_length tokens.
 
     Returns: a fast tokenizer that has a pad token. Raises: SystemExit(2) after one sentence.
@@ -658,13 +647,13 @@ def load_tokenizer(name, max_seq_length):
         fail(explain_loading_error("--model_name_or_path", name, "", error))  # one sentence with what to do
     context = getattr(config.get_text_config(), "max_position_embeddings", max_seq_length)  # 32,768 for Gemma 3 270M
     if max_seq_length > context:  # positions that the model has never seen
-        fail(f"--max_seq_length {max_seq_length:,} is longer than the model's context of {context:,} tokens: lower it")
+        fail(f"--max_seq_length {max_seq_length} is longer than the model's context: use {context} or less")  # no sense
     if tokenizer.pad_token is None:  # the collator asks for one though full chunks need no padding
         tokenizer.pad_token = tokenizer.eos_token  # as everywhere in this field
     return tokenizer  # adds BOS by itself, never EOS
 
 
-def load_model(name, tokenizer, flash_attention):
+def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or a directory
     """Load the causal language model `name` with float32 weights.
 
     float32, because an update of 2e-5 relative to a weight is lost in bfloat16's 8 bits: 16-bit matrix products come
@@ -676,7 +665,7 @@ def load_model(name, tokenizer, flash_attention):
     from transformers import AutoModelForCausalLM  # picks Gemma3ForCausalLM by config.json
 
     try:  # the weights: 536 MB from the hub at the first time
-        model, report = AutoModelForCausalLM.from_pretrained(
+        model, report = AutoModelForCausalLM.from_pretrained(  # memory-maps the file, then copies
             name,  # hub name or directory
             dtype=torch.bfloat16 if flash_attention else torch.float32,  # else the file's own: bfloat16
             attn_implementation="flash_attention_2" if flash_attention else "sdpa",  # sdpa: PyTorch's fused kernels
@@ -686,7 +675,7 @@ def load_model(name, tokenizer, flash_attention):
         fail(explain_loading_error("--model_name_or_path", name, "", error))  # one sentence with what to do
     if report["missing_keys"]:  # transformers fills them with random numbers and a warning
         lacks = ", ".join(sorted(report["missing_keys"])[:3])  # a few say enough
-        fail(f"--model_name_or_path {name}: the file lacks {len(report['missing_keys'])} weights, such as {lacks}")
+        fail(f"--model_name_or_path {name}: the file lacks weights, such as {lacks}; save the model anew")  # a bad copy
     model.float()  # masters; changes nothing unless loaded as bfloat16
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
         model.resize_token_embeddings(len(tokenizer))  # the head is tied to the embedding and grows with it
@@ -697,7 +686,7 @@ def load_model(name, tokenizer, flash_attention):
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def find_checkpoint(output_dir, chosen):
+def find_checkpoint(output_dir, chosen):  # the same command again goes on
     """Return (path, step, last step) of the checkpoint to go on from: the chosen one, else the newest, else None, 0, 0.
 
     Args: output_dir (str). chosen (str or None): --resume_from_checkpoint.
@@ -715,33 +704,29 @@ def find_checkpoint(output_dir, chosen):
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def perplexity(loss):
-    """Return exp(loss), infinite where a float cannot hold it: how many tokens the model hesitates between."""
-    return math.exp(loss) if loss < 700 else math.inf  # exp(710) overflows
-
-
-def make_trainer(model, tokenizer, training_args, train, validation):
+def make_trainer(model, tokenizer, training_args, train, validation):  # our two additions to it
     """Put the parts together. Returns: transformers.Trainer, whose evaluations report perplexity beside the loss."""
     from transformers import DataCollatorForLanguageModeling, Trainer  # batches; the loop
 
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
 
-    def collate(chunks):
+    def collate(chunks):  # on the CPU, while the GPU works on the last batch
         """Make a batch of chunks: input_ids and labels of shape (batch, max_seq_length), int64."""
         batch = collator(chunks)  # its labels are the inputs, less those that equal the pad token …
         batch["labels"] = batch["input_ids"].clone()  # … but nothing here is padded, and pad may be EOS: learn them all
         return batch  # the model shifts the labels by one itself
 
-    class PerplexityTrainer(Trainer):
+    class PerplexityTrainer(Trainer):  # a subclass: no callback may change an evaluation
         """The Trainer with one more number in every evaluation."""
 
-        def log(self, logs, *rest):
+        def log(self, logs, *rest):  # every number passes here once
             """Add eval_perplexity to the metrics of an evaluation on their way to console, TensorBoard and JSON."""
             if "eval_loss" in logs:  # the mean over all tokens of the validation data
-                logs["eval_perplexity"] = perplexity(logs["eval_loss"])  # the dict that evaluate() returns, too
+                loss = min(logs["eval_loss"], 700)  # exp(710) is more than a float can hold
+                logs["eval_perplexity"] = math.exp(loss)  # tokens it hesitates between; evaluate() returns it, too
             super().log(logs, *rest)  # as before
 
-    return PerplexityTrainer(
+    return PerplexityTrainer(  # it also sets the seed and makes optimizer and schedule
         model=model,  # moved to the device here
         args=training_args,  # everything from the command line
         train_dataset=train,  # chunks, shuffled anew every epoch
@@ -751,15 +736,16 @@ def make_trainer(model, tokenizer, training_args, train, validation):
     )
 
 
-def banner(args, training_args, model, train, validation):
+def banner(args, training_args, model, train, validation):  # read it before a night of training
     """Say in six lines what is about to happen."""
     world = training_args.world_size  # processes on all machines
     dtype = "bf16 autocast" if training_args.bf16 else "fp16 autocast" if training_args.fp16 else "float32"  # products
     parameters = sum(weight.numel() for weight in model.parameters())  # the tied head is counted once
     device, attention = training_args.device.type, model.config._attn_implementation  # cuda or cpu; sdpa or flash
-    data = [f"{name} {len(chunks):,} chunks = {len(chunks) * args.max_seq_length:,} tokens"
-            for name, chunks in (("train", train), ("validation", validation)) if chunks is not None]  # after limits
-    say(
+    splits = {"train": train, "validation": validation}  # either may be None
+    data = [f"{name} {len(chunks):,} chunks = {len(chunks) * args.max_seq_length:,} tokens"  # after limits
+            for name, chunks in splits.items() if chunks is not None]  # one for each that there is
+    say(  # the first half: what trains where on what
         f"model    {args.model_name_or_path}, {parameters:,} parameters in float32, {attention} attention",  # what
         f"device   {device}, {world} process{'es' if world > 1 else ''}, {dtype}",  # where
         f"data     {', '.join(data)}",  # on which text
@@ -769,20 +755,20 @@ def banner(args, training_args, model, train, validation):
         total = batch * training_args.gradient_accumulation_steps  # chunks in one optimizer step
         steps = count_steps(len(train), batch, training_args)  # of the optimizer
         warmup = training_args.get_warmup_steps(steps)  # a fraction below 1 is one of all steps
-        say(
-            f"batch    {training_args.per_device_train_batch_size} per device × "  # F11: the effective batch
-            f"{training_args.gradient_accumulation_steps} accumulation × {world} = {total:,} chunks = "
+        say(  # the second half: the plan
+            f"batch    {training_args.per_device_train_batch_size} per device × "  # the effective batch
+            f"{training_args.gradient_accumulation_steps} accumulation × {world} = {total:,} chunks = "  # sequences
             f"{total * args.max_seq_length:,} tokens a step",  # what a learning rate refers to
-            f"steps    {steps:,} ({steps * total / len(train):.1f} epochs), learning rate {args.learning_rate:g}, "
-            f"warm-up {warmup:,} steps",  # how long
+            f"steps    {steps:,} ({training_args.num_train_epochs:g} epochs), "  # of the optimizer
+            f"learning rate {training_args.learning_rate:g}, warm-up {warmup:,} steps",  # how long
         )
-        if warmup >= steps:  # F14: the default of 500 is made for long runs
-            say(f"note     the run is shorter than its warm-up: the learning rate reaches only {steps / warmup:.0%} of "
-                f"{args.learning_rate:g}; lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth
+        if warmup >= steps:  # the default of 500 is made for long runs
+            say(f"note     the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} of "  # of the peak
+                f"the learning rate; lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth
     say(f"output   {args.output_dir} (tensorboard --logdir {os.path.join(args.output_dir, 'runs')})")  # where to look
 
 
-def count_steps(chunks, batch, training_args):
+def count_steps(chunks, batch, training_args):  # known before the Trainer starts
     """Return the optimizer steps of the run, by the Trainer's own arithmetic (Trainer.set_initial_training_values)."""
     if training_args.max_steps > 0:  # overrides the epochs
         return training_args.max_steps  # as given
@@ -792,19 +778,7 @@ def count_steps(chunks, batch, training_args):
     return math.ceil(training_args.num_train_epochs * epoch)  # half an epoch is possible
 
 
-def train_and_save(trainer, checkpoint, finished):
-    """Train, save model and tokenizer to output_dir and the metrics beside them.
-
-    Args: checkpoint (str or None): where to go on from. finished (bool): it is the last one, only the rest is missing.
-    """
-    metrics = {} if finished else trainer.train(resume_from_checkpoint=checkpoint).metrics  # hours
-    trainer.model.config.use_cache = True  # generation with the saved model wants its cache back
-    trainer.save_model()  # model.safetensors, config.json, tokenizer: from_pretrained(output_dir) works
-    trainer.log_metrics("train", metrics)  # a table on the console
-    trainer.save_metrics("train", metrics)  # train_results.json, all_results.json
-
-
-def evaluate_and_save(trainer):
+def evaluate_and_save(trainer):  # --do_eval, and the end of every training with validation data
     """Evaluate on the validation data and save loss and perplexity to eval_results.json and all_results.json."""
     metrics = trainer.evaluate()  # the mean loss over all tokens of all processes
     metrics["perplexity"] = metrics.pop("eval_perplexity")  # the name under which transformers' scripts save it
@@ -812,7 +786,21 @@ def evaluate_and_save(trainer):
     trainer.save_metrics("eval", metrics)  # eval_results.json, and joined to train's in all_results.json
 
 
-def main(argv=None):
+def train_and_save(trainer, checkpoint, finished):  # the night
+    """Train, save model and tokenizer to output_dir, evaluate, and save the metrics beside them.
+
+    Args: checkpoint (str or None): where to go on from. finished (bool): it is the last one, only the rest is missing.
+    """
+    metrics = {} if finished else trainer.train(resume_from_checkpoint=checkpoint).metrics  # hours
+    trainer.model.config.use_cache = True  # generation with the saved model wants its cache back
+    trainer.save_model()  # model.safetensors, config.json, tokenizer: from_pretrained(output_dir) works
+    if trainer.eval_dataset is not None:  # held-out text says whether it learnt or memorized
+        evaluate_and_save(trainer)  # loss and perplexity
+    trainer.log_metrics("train", metrics)  # a table on the console
+    trainer.save_metrics("train", metrics)  # train_results.json, written last: the sign of a finished run
+
+
+def main(argv=None):  # the table of contents
     """Run the steps in their order; each is a function above. argv (list[str] or None): as for parse_args."""
     args = parse_args(argv)  # a wrong call ends here, at once
     training_args = make_training_arguments(args)  # from here on torch, the device and the other processes are known
@@ -820,16 +808,18 @@ def main(argv=None):
 
     transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
     os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(args.output_dir, "runs"))  # one folder, one curve
-    checkpoint, step, last_step = find_checkpoint(args.output_dir, args.resume_from_checkpoint)  # None: a fresh start
-    finished = checkpoint is not None and step >= last_step and not args.resume_from_checkpoint  # by an earlier call
-    if finished and not args.evaluate_only and os.path.exists(os.path.join(args.output_dir, "train_results.json")):
-        say(f"This run finished at step {step:,} of {last_step:,}: nothing is left to train. Its model is in "
-            f"{args.output_dir}; to train it further, start a new run with --model_name_or_path {args.output_dir} and "
-            "another --output_dir.")  # the same command twice is no mistake: exit status 0
+    checkpoint, step, last_step = None, 0, 0  # a fresh start …
+    if not args.evaluate_only:  # … unless an earlier call was stopped
+        checkpoint, step, last_step = find_checkpoint(args.output_dir, args.resume_from_checkpoint)  # the newest
+    finished = checkpoint is not None and step >= last_step and not args.resume_from_checkpoint  # not stopped, ended
+    if finished and os.path.exists(os.path.join(args.output_dir, "train_results.json")):  # the last file of a run
+        say(f"This run finished at step {step:,} of {last_step:,}: nothing is left to train.",  # exit status 0
+            f"Its model is in {args.output_dir}; to train it further, start a new run from it with "  # its rate …
+            f"--model_name_or_path {args.output_dir} and another --output_dir.")  # … has fallen to zero
         return  # in a few seconds
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.max_seq_length)  # the hub's first answer
-    with training_args.main_process_first(desc="preparing the data"):  # B13: one process a machine prepares …
+    with training_args.main_process_first(desc="preparing the data"):  # one process a machine prepares …
         rebuild = args.overwrite_cache and training_args.local_process_index == 0  # … the others read its cache
         train, validation = load_and_prepare_dataset(args, tokenizer, rebuild)  # chunks, or None
     if validation is None:  # nothing to evaluate on
@@ -845,18 +835,19 @@ def main(argv=None):
         fail(f"the Trainer cannot be set up: {' '.join(str(error).split())}")  # its own words, on one line
     banner(args, training_args, model, train, validation)  # the plan, before the first step
     try:  # a full GPU shows at the first step, or at the first evaluation
-        if not args.evaluate_only:  # the usual case
-            if checkpoint:  # B10
-                say(f"Going on from {checkpoint}, step {step:,} of {last_step:,}.")  # the same command again
-            train_and_save(trainer, checkpoint, finished)  # B12: the finished model in output_dir
-        if validation is not None:  # B9
+        if checkpoint:  # the same command again
+            say(f"Going on from {checkpoint}, step {step:,} of {last_step:,}.")  # which, and how far it had come
+        if args.evaluate_only:  # --do_eval
             evaluate_and_save(trainer)  # loss and perplexity
+        else:  # the usual case
+            train_and_save(trainer, checkpoint, finished)  # the finished model in output_dir
     except RuntimeError as error:  # torch.OutOfMemoryError is one
         if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # CUDA's; the CPU's
             raise  # not ours to explain
         fail(f"out of memory on {training_args.device}: {REMEDIES}", status=1)  # the data is right, the call too
-    say(f"Done: {os.path.join(args.output_dir, 'all_results.json')}" if args.evaluate_only else
-        f"Done: the model is in {args.output_dir}; load it with AutoModelForCausalLM.from_pretrained.")  # what now
+    results = os.path.join(args.output_dir, "all_results.json")  # loss, perplexity, speed
+    say(f"Done: the metrics are in {results}" if args.evaluate_only else  # what now
+        f"Done: the model is in {args.output_dir}, its metrics in {results}.")  # load it with from_pretrained
     trainer.accelerator.end_training()  # closes the process group, so that no rank complains on its way out
 
 
