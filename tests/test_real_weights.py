@@ -1,0 +1,170 @@
+"""The real Gemma 3 270M on real text: the quickstart in a fresh copy, and its weights against plain transformers."""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT, SCRATCH
+
+pytestmark = pytest.mark.slow
+
+
+def clean_environment():
+    """The environment of a user: none of the settings that conftest makes for tiny models."""
+    ours = ("HF_", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV", "PYTHONPATH")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
+@pytest.fixture(scope="module")
+def quickstart():
+    """A copy of the tracked files in which `bash example_run.sh quickstart` ran. Returns: (folder, what it printed)."""
+    folder = SCRATCH / "a fresh copy"
+    folder.mkdir()
+    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, check=True, stdout=-1)
+    for name in listed.stdout.decode().split("\0"):
+        if name and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    return folder, start(folder)
+
+
+def start(folder):
+    """Run the quickstart. Returns: its standard output."""
+    command = ["bash", "example_run.sh", "quickstart"]
+    done = subprocess.run(command, cwd=folder, env=clean_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
+
+
+def python(folder, code, *argv):
+    """Run Python code of a few lines in a new interpreter of the copy. Returns: what it printed, from JSON."""
+    command = [folder / ".venv/bin/python", "-c", code, *map(str, argv)]
+    done = subprocess.run(command, cwd=folder, env=clean_environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def trainer(folder, *argv):
+    """Run main.py of the copy on the real model in float32. Returns: its all_results.json."""
+    output = folder / "quickstart" / "check"
+    shutil.rmtree(output, ignore_errors=True)
+    command = [folder / ".venv/bin/python", "main.py", "--output_dir", output, "--cache_dir", "quickstart/cache", *argv]
+    done = subprocess.run(
+        [str(word) for word in command], cwd=folder, env=clean_environment(), capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return json.loads((output / "all_results.json").read_text())
+
+
+PLAIN = """
+import json, sys, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, path, length, count = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+tokens = [token for line in open(path) for token in tokenizer(json.loads(line)["text"])["input_ids"][:length]]
+chunks = [tokens[start : start + length] for start in range(0, length * count, length)]
+losses = []
+with torch.no_grad():
+    for chunk in chunks:
+        ids = torch.tensor([chunk])
+        losses.append(torch.nn.functional.cross_entropy(model(ids).logits[0, :-1], ids[0, 1:]).item())
+print(json.dumps(sum(losses) / len(losses)))
+"""
+
+
+def test_the_quickstart_teaches_the_model(quickstart):
+    """B9, B12, S4: perplexity of held-out chapters falls by 40 % at least; samples and places are printed."""
+    folder, printed = quickstart
+    before = json.loads((folder / "quickstart/base/all_results.json").read_text())["perplexity"]
+    after = json.loads((folder / "quickstart/model/all_results.json").read_text())["perplexity"]
+    assert after < 0.6 * before < 60
+    assert f"{before:.1f} -> {after:.1f}" in printed
+    assert re.search(r"before +The with statement \w+", printed) and re.search(r"after +The with statement \w+", printed)
+    assert "quickstart/model" in printed and "tensorboard --logdir" in printed
+    states = sorted((folder / "quickstart/model").glob("checkpoint-*/trainer_state.json"))
+    losses = [row["loss"] for row in json.loads(states[-1].read_text())["log_history"] if "loss" in row]
+    assert losses[-1] < losses[0]
+
+
+def test_a_second_quickstart_does_nothing_again(quickstart):
+    """S4: nothing is installed, fetched, converted or trained; the report is printed again."""
+    folder, first = quickstart
+    files = [folder / ".venv/quickstart-installed", folder / "quickstart/gemma-3-270m/model.safetensors",
+             folder / "quickstart/model/model.safetensors", folder / "quickstart/train.jsonl"]  # fmt: skip
+    before = [file.stat().st_mtime_ns for file in files]
+    again = start(folder)
+    assert "Installed already" in again and "This run finished" in again
+    assert again.splitlines()[-8:] == first.splitlines()[-8:]
+    assert [file.stat().st_mtime_ns for file in files] == before
+
+
+def test_the_model_loads_and_generates_in_another_process(quickstart):
+    """B12: with transformers alone."""
+    folder, _ = quickstart
+    code = """
+import json
+from transformers import pipeline
+print(json.dumps(pipeline("text-generation", "quickstart/model")("The with", max_new_tokens=5)[0]["generated_text"]))
+"""
+    text = python(folder, code)
+    assert text.startswith("The with") and len(text) > len("The with")
+
+
+def test_perplexity_equals_plain_transformers(quickstart):
+    """B9: on real weights, to 1e-3, in float32."""
+    folder, _ = quickstart
+    model, path = "quickstart/gemma-3-270m", "quickstart/validation.jsonl"
+    mine = trainer(folder, "--do_eval", "--model_name_or_path", model, "--validation_file", path,
+                   "--max_seq_length", 256, "--max_eval_samples", 6)  # fmt: skip
+    expected = python(folder, PLAIN, model, path, 256, 6)
+    assert mine["perplexity"] == pytest.approx(2.718281828459045**expected, rel=1e-3)
+
+
+def test_first_loss_equals_plain_transformers(quickstart):
+    """B6, B14: the first step's loss on real weights is plain transformers' on the same chunks, to 1e-4 in float32."""
+    folder, _ = quickstart
+    model, path = "quickstart/gemma-3-270m", "quickstart/train.jsonl"
+    mine = trainer(folder, "--model_name_or_path", model, "--train_file", path, "--max_seq_length", 256,
+                   "--max_train_samples", 2, "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1,
+                   "--max_steps", 1, "--save_strategy", "no")  # fmt: skip
+    assert mine["train_loss"] == pytest.approx(python(folder, PLAIN, model, path, 256, 2), rel=1e-4)
+
+
+def test_the_tokenizer_begins_each_text_with_bos(quickstart):
+    """B3: Gemma's BOS stands before each text, no EOS behind it, 262,144 ids."""
+    folder, _ = quickstart
+    code = """
+import json
+from transformers import AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("quickstart/gemma-3-270m")
+print(json.dumps([tokenizer("hello")["input_ids"][0], tokenizer("hello")["input_ids"][-1], len(tokenizer)]))
+"""
+    first, last, size = python(folder, code)
+    assert (first, size) == (2, 262144) and last != 1
+
+
+@pytest.mark.parametrize("more", [["--bf16"], []], ids=["bf16", "float32"])
+def test_scenarios_run_on_a_local_model(tiny, texts, tmp_path, more):
+    """S4: the scenarios single, memory, custom and evaluate of example_run.sh, and the list of all."""
+    listed = subprocess.run(["bash", ROOT / "example_run.sh"], capture_output=True, text=True, cwd=tmp_path)
+    names = re.findall(r"^  (\w+)  ", listed.stdout, re.M)
+    assert listed.returncode == 0 and names == "quickstart single multi memory custom resume evaluate".split()
+    wrong = subprocess.run(["bash", ROOT / "example_run.sh", "cutsom"], capture_output=True, text=True, cwd=tmp_path)
+    assert wrong.returncode == 2 and "cutsom" in wrong.stderr
+    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
+    for name in ("single", "memory", "custom"):
+        settings = {"MODEL": tiny, "TRAIN_FILE": texts[0], "VALIDATION_FILE": texts[1], "OUTPUT_DIR": tmp_path / name}
+        command = ["bash", ROOT / "example_run.sh", name, "--max_seq_length", 64, "--max_steps", 1, *more]
+        done = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True,
+                              env=os.environ | {"PATH": path} | {k: str(v) for k, v in settings.items()})  # fmt: skip
+        assert done.returncode == 0, done.stderr[-2000:]
+        assert "main.py" in done.stdout and (tmp_path / name / "model.safetensors").exists()
+    settings = {"MODEL": tmp_path / "custom", "VALIDATION_FILE": texts[1], "OUTPUT_DIR": tmp_path / "evaluate"}
+    done = subprocess.run(["bash", ROOT / "example_run.sh", "evaluate", "--max_seq_length", "64"], cwd=tmp_path,
+                          env=os.environ | {"PATH": path} | {k: str(v) for k, v in settings.items()})  # fmt: skip
+    assert done.returncode == 0 and (tmp_path / "evaluate" / "eval_results.json").exists()
