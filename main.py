@@ -204,6 +204,12 @@ def check_args(args):  # the part that argparse cannot say
         fail("no training data: give --dataset_name NAME or --train_file FILE (.jsonl .json .csv .txt)")  # two ways
     if not args.dataset_name and not args.validation_file and args.evaluate_only:  # nothing to evaluate on
         fail("--do_eval needs validation data: give --validation_file FILE or --dataset_name NAME")  # two ways
+    folder = os.path.expanduser(args.dataset_name or "")  # "~/data" works also where the shell did not expand it
+    if os.path.isfile(folder):  # the other flag was meant
+        fail(f"--dataset_name {folder} is a file: give it to --train_file")  # which names files
+    if folder.startswith((".", os.sep)) and not os.path.isdir(folder):  # no hub name looks like that
+        fail(f"--dataset_name {folder}: no such directory; give one, or a hub name")  # without half a minute of tries
+    args.dataset_name = folder if os.path.isdir(folder) else args.dataset_name  # a directory wins over the hub
     args.train_file = find_files("--train_file", args.train_file or [])  # a sorted list of existing, readable files
     args.validation_file = find_files("--validation_file", args.validation_file or [])  # likewise
 
@@ -222,13 +228,15 @@ def check_args(args):  # the part that argparse cannot say
         fail(f"--model_name_or_path {folder}: no such directory; give one, or a hub name")  # google/gemma-270m, say
 
     args.output_dir = os.path.expanduser(args.output_dir)  # the Trainer does the same later
-    try:  # a bad place is found now, not at the first checkpoint hours later
-        os.makedirs(args.output_dir, exist_ok=True)  # raises for a file in the way, and where we may not write
-        if not os.access(args.output_dir, os.W_OK | os.X_OK):  # exists, but belongs to somebody else
-            raise PermissionError("no permission to write there")  # joins the other cases below
-    except OSError as error:  # FileExistsError, NotADirectoryError, PermissionError, read-only file system, …
-        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error  # in plain words
-        fail(f"--output_dir {args.output_dir} cannot be used: {reason}; choose one you can write to")  # at once
+    args.cache_dir = args.cache_dir and os.path.expanduser(args.cache_dir)  # None: the cache of datasets
+    for flag, folder in (("--output_dir", args.output_dir), ("--cache_dir", args.cache_dir or args.output_dir)):  # both
+        try:  # a bad place is found now, not at the first checkpoint hours later
+            os.makedirs(folder, exist_ok=True)  # raises for a file in the way, and where we may not write
+            if not os.access(folder, os.W_OK | os.X_OK):  # exists, but belongs to somebody else
+                raise PermissionError("no permission to write there")  # joins the other cases below
+        except OSError as error:  # FileExistsError, NotADirectoryError, PermissionError, read-only file system, …
+            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error  # plain words
+            fail(f"{flag} {folder} cannot be used: {reason}; choose one you can write to")  # at once
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
     if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
         fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # perhaps one up
@@ -291,9 +299,18 @@ def make_training_arguments(args):  # the first use of torch
     parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)  # one flag for each of its 120 fields
     parser.error = fail  # one sentence instead of 600 lines of usage
     try:  # TrainingArguments checks combinations of its own
-        return parser.parse_args_into_dataclasses(argv + args.trainer_argv, look_for_args_file=False)[0]  # user's last
+        made, rest = parser.parse_args_into_dataclasses(  # rest: words that stand behind no flag
+            argv + args.trainer_argv,  # ours first: of two equal flags the last one counts
+            look_for_args_file=False,  # a file main.args would be read silently
+            return_remaining_strings=True,  # else a traceback
+        )
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # each raised for some flag
         fail(f"the Trainer does not accept these flags: {' '.join(str(error).split())}")  # its own words, on one line
+    if rest:  # "--max_steps 10 20", or a file name without its flag
+        fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # which word
+    if made.max_steps < 1 and made.max_steps != -1:  # -1 is the Trainer's "not given"
+        fail(f"--max_steps: {made.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # or so
+    return made  # checked, and on several processes connected
 
 
 # ── Data: read → tokenize → group_texts ──────────────────────────────────────────────────────────────────────────────
@@ -344,6 +361,8 @@ def load_named_dataset(name, config, column, needed, cache_dir):  # --dataset_na
     try:  # the hub may not know it, may not answer, or may not let us in
         saved = [os.path.join(name, file) for file in ("state.json", "dataset_dict.json")]  # of one split; of several
         if any(os.path.isfile(path) for path in saved):  # a directory with Arrow files
+            if config:  # there is nothing to choose from
+                fail(f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # not ignored
             loaded = datasets.load_from_disk(name)  # made by Dataset.save_to_disk
         else:  # a hub name, or a directory of files as on the hub
             if not config:  # the data set may have several and no default
@@ -395,8 +414,11 @@ def explain_loading_error(flag, name, kind, error):  # hub, cache and broken fil
         return f"{flag} {name}: the hub knows no such name; check {url} (if private: hf auth login)"  # 401 or 404
     if "ConnectionError" in kinds or "LocalEntryNotFoundError" in kinds:  # no way to the hub and not downloaded before
         return (f"{flag} {name} is not in the cache and the hub cannot be reached: "  # after half a minute of tries
-                "check the network, or give a local directory")  # both ways out
-    return f"{flag} {name} cannot be loaded: {words[:400].strip()}"  # the libraries' own words
+                "check the network (and HF_HUB_OFFLINE), or give a local directory")  # the ways out
+    if "EmptyDatasetError" in kinds:  # a directory without .json, .csv, .txt, .parquet, …
+        return f"{flag} {name}: the directory holds no data files"  # perhaps one level up
+    advice = "if it is damaged, download or save it anew"  # the commonest reason that is left
+    return f"{flag} {name} cannot be loaded; {advice}: {words[:400].strip()}"  # in the libraries' own words
 
 
 def load_files(split, files, column, cache_dir, rebuild):  # --train_file, --validation_file
@@ -440,6 +462,7 @@ def read_texts(files, column):  # a generator: one row in memory at a time
     Args: files (sequence of str): paths. column (str): the column that holds the text.
     Raises: SystemExit(2) after one sentence.
     """
+    seen = False  # a row in any of the files?
     for path in files:  # each file on its own: formats may be mixed
         kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # ".jsonl"
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as stream:  # bytes: we count lines and offsets
@@ -452,7 +475,11 @@ def read_texts(files, column):  # a generator: one row in memory at a time
                 if row and not row.isascii() and any("\ud800" <= letter <= "\udfff" for letter in row):  # half a pair
                     fail(f"{path}, {where}: the text has half a character, an escape from \\ud800 to \\udfff "  # JSON
                          "without its other half; remove it")  # nothing can be encoded with it
+                seen = True  # blank or not
                 yield {"text": row}  # one row of the cache
+
+    if not seen:  # a header alone, "[]", line breaks alone
+        fail(f"{', '.join(files)}: no rows, so nothing to train on; check how the file was written")  # a failed export
 
 
 def decode_lines(path, stream):  # bytes → text
@@ -463,8 +490,9 @@ def decode_lines(path, stream):  # bytes → text
             try:  # UTF-8 is the one encoding that is read
                 text = line.decode("utf-8")  # most bytes of another encoding fail here
             except UnicodeDecodeError as error:  # Latin-1, UTF-16, a picture
+                encoding = "utf-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"  # by its first bytes
                 fail(f"{path} is not UTF-8: byte {offset + error.start} is 0x{line[error.start]:02x}; "  # from 0
-                     "convert it, for example with iconv -f latin1 -t utf-8")  # the tool that every machine has
+                     f"convert it, for example with iconv -f {encoding} -t utf-8")  # the tool that every machine has
             text = text.removeprefix("\ufeff") if offset == 0 else text  # the mark that Excel puts in front
             offset += len(line)  # bytes, not characters
             yield text[:-2] + "\n" if text.endswith("\r\n") else text  # files from Windows
@@ -522,7 +550,7 @@ def read_json(path, lines, column):  # both layouts of JSON
 def parse_json(path, start, text):  # json.loads with a place
     """Parse text that starts in line `start` of the file. Raises: SystemExit(2) with the line of the fault."""
     try:  # the parser counts lines from the start of text
-        return json.loads(text)  # objects become dicts
+        return json.loads(text.rstrip())  # rstrip: else a fault at the end would be said to be on the next line
     except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
         line = start + getattr(error, "lineno", 1) - 1  # in the file
         fail(f"{path}, line {line}: broken JSON: {getattr(error, 'msg', error)}; "  # the parser's words
@@ -546,7 +574,7 @@ def prepare_split(split, rows, tokenizer, args, rebuild):  # one line of report 
     import pyarrow.compute  # counts without Python objects
     from datasets.fingerprint import Hasher  # stable over processes
 
-    if len(rows) == 0:  # a header without rows, "[]"
+    if len(rows) == 0:  # a data set that was saved empty; files are checked while they are read
         fail(f"the {split} data has no rows")  # nothing to tokenize
     size = TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes)  # rows that hold about so many bytes of text
     cache = os.path.expanduser(args.cache_dir or datasets.config.HF_DATASETS_CACHE)  # beside what was read
@@ -639,12 +667,14 @@ def load_tokenizer(name, max_seq_length):  # the first thing a model must have
     from transformers import AutoConfig, AutoTokenizer  # pick the classes by the model's config.json
     from transformers.utils import cached_file  # path of one file of a model, downloaded if need be
 
+    part = ""  # which file of the model is at fault, where the error itself does not say it
     try:  # the first contact with the hub: what is wrong with the access shows here
         config = AutoConfig.from_pretrained(name)  # a few kB
         cached_file(name, "tokenizer.json")  # raises if there is none: AutoTokenizer would make up an empty tokenizer
+        part = " (in its tokenizer.json)"  # from here on it is the tokenizer's fault
         tokenizer = AutoTokenizer.from_pretrained(name)  # 33 MB for Gemma 3
     except Exception as error:  # the libraries raise a dozen kinds for a handful of reasons
-        fail(explain_loading_error("--model_name_or_path", name, "", error))  # one sentence with what to do
+        fail(explain_loading_error("--model_name_or_path", name, "", error) + part)  # one sentence with what to do
     context = getattr(config.get_text_config(), "max_position_embeddings", max_seq_length)  # 32,768 for Gemma 3 270M
     if max_seq_length > context:  # positions that the model has never seen
         fail(f"--max_seq_length {max_seq_length} is longer than the model's context: use {context} or less")  # no sense
@@ -669,12 +699,14 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
             name,  # hub name or directory
             dtype=torch.bfloat16 if flash_attention else torch.float32,  # else the file's own: bfloat16
             attn_implementation="flash_attention_2" if flash_attention else "sdpa",  # sdpa: PyTorch's fused kernels
+            ignore_mismatched_sizes=True,  # do not raise for a wrong shape: the report lists it
             output_loading_info=True,  # also tell which weights the file lacked
         )
     except Exception as error:  # broken files, a model of another kind, no network
         fail(explain_loading_error("--model_name_or_path", name, "", error))  # one sentence with what to do
-    if report["missing_keys"]:  # transformers fills them with random numbers and a warning
-        lacks = ", ".join(sorted(report["missing_keys"])[:3])  # a few say enough
+    wrong = [*sorted(report["missing_keys"]), *sorted(key for key, *_ in report["mismatched_keys"])]  # absent, or odd
+    if wrong:  # transformers fills them with random numbers and a warning
+        lacks = ", ".join(wrong[:3])  # a few say enough
         fail(f"--model_name_or_path {name}: the file lacks weights, such as {lacks}; save the model anew")  # a bad copy
     model.float()  # masters; changes nothing unless loaded as bfloat16
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
@@ -753,13 +785,13 @@ def banner(args, training_args, model, train, validation):  # read it before a n
     if train is not None:  # --do_eval has no plan of steps
         batch = training_args.per_device_train_batch_size * world  # chunks in one forward pass of all processes
         total = batch * training_args.gradient_accumulation_steps  # chunks in one optimizer step
-        steps = count_steps(len(train), batch, training_args)  # of the optimizer
+        steps, epoch = count_steps(len(train), batch, training_args)  # of the optimizer: in all, and in an epoch
         warmup = training_args.get_warmup_steps(steps)  # a fraction below 1 is one of all steps
         say(  # the second half: the plan
             f"batch    {training_args.per_device_train_batch_size} per device × "  # the effective batch
             f"{training_args.gradient_accumulation_steps} accumulation × {world} = {total:,} chunks = "  # sequences
             f"{total * args.max_seq_length:,} tokens a step",  # what a learning rate refers to
-            f"steps    {steps:,} ({training_args.num_train_epochs:g} epochs), "  # of the optimizer
+            f"steps    {steps:,} ({steps / epoch:.3g} epochs), "  # of the optimizer
             f"learning rate {training_args.learning_rate:g}, warm-up {warmup:,} steps",  # how long
         )
         if warmup >= steps:  # the default of 500 is made for long runs
@@ -769,13 +801,15 @@ def banner(args, training_args, model, train, validation):  # read it before a n
 
 
 def count_steps(chunks, batch, training_args):  # known before the Trainer starts
-    """Return the optimizer steps of the run, by the Trainer's own arithmetic (Trainer.set_initial_training_values)."""
-    if training_args.max_steps > 0:  # overrides the epochs
-        return training_args.max_steps  # as given
+    """Return the optimizer steps (of the run, of an epoch), by the arithmetic of Trainer.set_initial_training_values.
+
+    Args: chunks (int): in the training data. batch (int): chunks in one forward pass of all processes.
+    """
     rounding = math.floor if training_args.dataloader_drop_last else math.ceil  # the last batch may be short
     batches = rounding(chunks / batch)  # forward passes in an epoch
     epoch = max(1, math.ceil(batches / training_args.gradient_accumulation_steps))  # the last step may be short, too
-    return math.ceil(training_args.num_train_epochs * epoch)  # half an epoch is possible
+    planned = math.ceil(training_args.num_train_epochs * epoch)  # half an epoch is possible
+    return training_args.max_steps if training_args.max_steps > 0 else planned, epoch  # --max_steps overrides epochs
 
 
 def evaluate_and_save(trainer):  # --do_eval, and the end of every training with validation data
@@ -843,8 +877,11 @@ def main(argv=None):  # the table of contents
             evaluate_and_save(trainer)  # loss and perplexity
         else:  # the usual case
             train_and_save(trainer, checkpoint, finished)  # the finished model in output_dir
-    except RuntimeError as error:  # torch.OutOfMemoryError is one
-        if not any(words in str(error) for words in ("out of memory", "can't allocate memory")):  # CUDA's; the CPU's
+    except (ImportError, ValueError) as error:  # --use_liger_kernel without its package, --adam_beta1 2, …
+        fail(f"a flag of the Trainer cannot be used: {' '.join(str(error).split())}")  # its own words, on one line
+    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        full = "out of memory" in str(error) or "can't allocate memory" in str(error)  # CUDA's words; the CPU's
+        if not full and not isinstance(error, MemoryError):  # Python's own and numpy's
             raise  # not ours to explain
         fail(f"out of memory on {training_args.device}: {REMEDIES}", status=1)  # the data is right, the call too
     results = os.path.join(args.output_dir, "all_results.json")  # loss, perplexity, speed

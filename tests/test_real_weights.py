@@ -84,7 +84,7 @@ def test_the_quickstart_teaches_the_model(quickstart):
     after = json.loads((folder / "quickstart/model/all_results.json").read_text())["perplexity"]
     assert after < 0.6 * before < 60
     assert f"{before:.1f} -> {after:.1f}" in printed
-    assert re.search(r"before +The with statement \w+", printed) and re.search(r"after +The with statement \w+", printed)
+    assert all(re.search(rf"{when} +The with statement \w+", printed) for when in ("before", "after"))
     assert "quickstart/model" in printed and "tensorboard --logdir" in printed
     states = sorted((folder / "quickstart/model").glob("checkpoint-*/trainer_state.json"))
     losses = [row["loss"] for row in json.loads(states[-1].read_text())["log_history"] if "loss" in row]
