@@ -32,7 +32,6 @@ list() {  # what there is, one scenario a line
     echo "  custom      your own text: data/train.jsonl, data/val.jsonl or TRAIN_FILE, VALIDATION_FILE"  # the usual aim
     echo "  resume      kill a run in the middle and see it go on as if nothing had happened"  # needs the quickstart
     echo "  evaluate    loss and perplexity of a MODEL on a VALIDATION_FILE; trains nothing"  # is it any better now?
-    echo "Several machines: multinode_train.sh."  # a script on each machine, so it is no scenario of this one
 }
 
 # ── Helpers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -170,17 +169,18 @@ resume() {  # the same command twice, with a kill in between
         command+=(--bf16)  # about a third off the time of a step on such a CPU
     fi
 
-    if ! ls -d "$output"/checkpoint-* >/dev/null 2>&1; then  # the first call; later ones only go on
-        echo "[1/2] A run that is stopped by a kill as soon as it has a checkpoint."  # as a batch system does it
+    local last="$output/checkpoint-*/trainer_state.json"  # the file that is written last: where it is, the rest is
+    if ! compgen -G "$last" >/dev/null; then  # the first call; later ones only go on
+        echo "[1/2] A run that is stopped by a signal as soon as it has a checkpoint."  # as a batch system does it
         show "${command[@]}" "$@"  # not run(): this shell has to stay to do the killing
         "${command[@]}" "$@" &  # beside this shell …
         local trainer=$!  # … which knows it by its process id
         trap 'kill "$trainer" 2>/dev/null || true; wait "$trainer" || true; exit 130' INT TERM  # takes it along
-        while kill -0 "$trainer" 2>/dev/null && ! ls -d "$output"/checkpoint-* >/dev/null 2>&1; do  # nothing saved yet
-            sleep 0.2  # a checkpoint gets its name by a rename: what is there is whole
+        while kill -0 "$trainer" 2>/dev/null && ! compgen -G "$last" >/dev/null; do  # alive, and nothing saved yet
+            sleep 0.2  # as often as that is plenty: a step takes seconds
         done
         kill "$trainer" 2>/dev/null || echo "It came to its end before it could be stopped."  # SIGTERM
-        wait "$trainer" || echo "(exit status $?: 128 + the number of the signal)"  # no error here: it was asked for
+        wait "$trainer" || echo "(exit status $?: 128 + 15, the number of SIGTERM)"  # no error here: it was asked for
         trap - INT TERM  # from here on Ctrl-C is main.py's own affair again
     fi
     echo "[2/2] The same command again. It finds the newest whole checkpoint and goes on from there."  # no flag for it
@@ -277,7 +277,7 @@ quickstart() {  # the whole way, for two cores and no GPU
         echo "${before[*]}" >"$noted"  # last: a measurement that was stopped is done again
     fi
 
-    step 5 "Fine-tuning: 16 steps, minutes on two cores"  # Ctrl-C saves a checkpoint, and the next run goes on from it
+    step 5 "Fine-tuning: 16 steps, minutes on two cores"  # shorter than the default save_steps: Ctrl-C starts it anew
     local training=(  # the fine-tuning, and the second measurement at its end
         "$python" main.py --model_name_or_path quickstart/gemma-3-270m  # always from the base model on
         --train_file quickstart/train.jsonl  # about 100,000 tokens, of which 16 steps see a sixth

@@ -114,7 +114,8 @@ def parse_args(argv=None):  # the whole command line
     Raises: SystemExit(2) after one sentence when a flag, a value or a path is wrong.
     """
     parser = Parser(  # ours first: the flags of this script with its defaults
-        description="Fine-tune Google's Gemma 3 270M on text.",  # the first line of --help
+        usage="python main.py (--dataset_name NAME | --train_file FILE ...) [flags]",  # instead of twenty lines of it
+        description="Fine-tune Google's Gemma 3 270M on text.",  # the next line of --help
         epilog="Every other flag of transformers.TrainingArguments works too, "  # the last lines of --help
         "for example --max_steps, --lr_scheduler_type cosine, --dataloader_num_workers.",  # 120 of them
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,  # every flag's help ends with its default
