@@ -18,15 +18,24 @@ and datasets (six seconds together) are imported by the functions that need them
 import argparse  # the command line
 import ast  # reads the Trainer's flag names from its source without importing it
 import csv  # rows of .csv files, with the line number of a bad one
+import ctypes  # one call of the operating system that Python has no name for
 import difflib  # "did you mean": the real name nearest to a misspelt one
+import errno  # which kind of OSError: locked, disk full, over quota
+import fcntl  # a lock on output_dir
 import glob  # "data/*.jsonl" given in quotes
 import gzip  # .gz files are read as they are
+import hashlib  # checksums of checkpoints
 import importlib.util  # is a package installed? answered without importing it
 import itertools  # puts the first line of a file back in front of the rest
 import json  # .json and .jsonl files
 import math  # perplexity = exp(loss)
 import os  # paths, environment
+import re  # checkpoint-N
+import shutil  # removes directories, measures disks
+import signal  # SIGTERM and Ctrl-C
+import socket  # this machine's name
 import sys  # exit status, standard error
+import time  # how long a run took, over all its calls
 
 MODEL_ALIASES = {"google/gemma-270m": "google/gemma-3-270m"}  # the short name people type → the published id
 WIKITEXT = "Salesforce/wikitext"  # the one hub data set for which a configuration is chosen here
@@ -163,6 +172,7 @@ def parse_args(argv=None):  # the whole command line
     add("--logging_steps", type=steps, default=10, help="steps between log lines")  # loss, rate, gradient norm
     add("--save_steps", type=steps, default=500, help="steps between checkpoints")  # 3.2 GB each
     add("--eval_steps", type=steps, default=500, help="steps between evaluations")  # only with validation data
+    add("--overwrite_output_dir", **switch, help="move another run's files aside")  # into previous-1, never deleted
     add("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")  # older ones go
     add("--report_to", nargs="+", default=["tensorboard"], help="tensorboard, wandb or none")  # where curves go
     add("--resume_from_checkpoint", help="go on from this one")  # unset: from the newest in output_dir
@@ -274,6 +284,14 @@ TRAINER_FLAGS = (  # flags above that are TrainingArguments fields of the same n
     "logging_steps save_steps eval_steps save_total_limit seed"  # what is kept of it
 ).split()  # a list of names
 
+HARMLESS = (  # beginnings of TrainingArguments fields that cannot change weights: they may differ when a run goes on
+    "output_dir", "logging_", "log_", "save_", "eval_", "do_", "hub_", "push_to_hub", "report_to", "run_name",  # output
+    "project", "trackio_", "disable_tqdm", "debug", "include_", "skip_memory_metrics", "batch_eval_metrics",  # reports
+    "per_device_eval_batch_size", "prediction_loss_only", "label_names", "length_column_name",  # evaluation
+    "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent",  # speed
+    "ddp_timeout", "ddp_backend", "ddp_bucket", "local_rank", "use_cpu", "torch_empty", "resume_",  # where it runs
+)
+
 
 def make_training_arguments(args):  # the first use of torch
     """Turn the command line into transformers.TrainingArguments.
@@ -311,7 +329,35 @@ def make_training_arguments(args):  # the first use of torch
         fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # which word
     if made.max_steps < 1 and made.max_steps != -1:  # -1 is the Trainer's "not given"
         fail(f"--max_steps: {made.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # or so
+    for name in ("save_only_model", "enable_jit_checkpoint", "save_on_each_node"):  # the Trainer's, none of them whole
+        if getattr(made, name):  # no optimizer; a partial final model; no weights on other nodes
+            fail(f"--{name} makes checkpoints that no run can go on from: leave it out")  # ours need none of them
+    if made.ignore_data_skip:  # for data too large to skip over; ours takes seconds
+        say("note     --ignore_data_skip: a stopped run will not go on with the data it had not seen yet")  # inexact
     return made  # checked, and on several processes connected
+
+
+def run_settings(args, training_args):  # what has to stay the same when a run goes on
+    """Return {name: value}, as JSON values, of every flag that decides the weights a run ends with."""
+    ours = ("dataset_name dataset_config_name text_column max_seq_length no_truncation add_eos "  # which tokens, in …
+            "max_train_samples use_flash_attention").split()  # … which chunks; and what rounds differently from sdpa
+    flags = training_args.to_dict().items()  # the Trainer's, defaults included
+    settings = {name: value for name, value in flags if not name.startswith(HARMLESS)}  # about 60
+    settings |= {name: getattr(args, name) for name in ours} | {"processes": training_args.world_size}  # all machines
+    sizes = [f"{os.path.basename(path)} ({os.path.getsize(path):,} bytes)" for path in args.train_file]  # no folder
+    settings["train_file"] = sizes  # a quick look; digests() compares every token
+    settings["model_name"] = os.path.basename(args.model_name_or_path.rstrip(os.sep))  # places may change, names not
+    return json.loads(json.dumps(settings, default=str))  # tuples become lists, as they will be in the manifest
+
+
+def digests(model, train):  # what no flag says
+    """Return {"model": …, "train_data": …}: SHA-256 of the weights before training, and of all training tokens."""
+    weights, tokens = hashlib.sha256(), hashlib.sha256()  # a second for 1 GB of either
+    for weight in model.parameters():  # also finds a model directory that was changed in between
+        weights.update(weight.detach().numpy().data)  # its bytes; float32, still on the CPU
+    for chunks in train.data.column("input_ids").chunks:  # Arrow arrays in memory-mapped files
+        tokens.update(chunks.flatten().to_numpy().data)  # all chunks are equally long: the tokens say all
+    return {"model": weights.hexdigest()[:16], "train_data": tokens.hexdigest()[:16]}  # enough to see a difference
 
 
 # ── Data: read → tokenize → group_texts ──────────────────────────────────────────────────────────────────────────────
@@ -717,31 +763,209 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
 
 
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# A checkpoint is made under .staging, sealed with a manifest of checksums, and gets its name by a rename: whatever is
+# called checkpoint-N is whole. Nothing is written into it again; what is found damaged is set aside, never deleted.
+
+
+class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
+    """Ends the run with a sentence when a signal comes; in training at the end of the step, after a checkpoint."""
+
+    def __init__(self):  # called before the heavy imports: a signal may come at any time
+        """Take over SIGTERM and SIGINT."""
+        self.signal, self.time, self.training, self.owner = 0, 0.0, False, os.getpid()  # 0: none so far
+        for number_ in (signal.SIGTERM, signal.SIGINT):  # kill -9 cannot be caught, and need not be
+            signal.signal(number_, self.receive)  # Python calls it between two of its own instructions
+        if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # started by a launcher …
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # … whose death shall reach us, too (PR_SET_PDEATHSIG of Linux)
+
+    def receive(self, number_, frame):  # the signature that Python wants
+        """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
+        if os.getpid() != self.owner:  # a data loader's or tokenizer's process has inherited this handler
+            if not self.training:  # tokenizers are ended by their pool, with SIGTERM
+                os._exit(128 + number_)  # data loaders live on until the checkpoint is written
+        elif self.training and (not self.signal or time.time() - self.time < 3):  # launchers send a second one at once
+            self.signal, self.time = number_, self.time or time.time()  # the end of the step will see it
+            say(f"\n{signal.Signals(number_).name}: saving a checkpoint at the end of this step …")  # seconds
+        else:  # before or after training, or impatience
+            self.leave(number_, "")  # what was saved before is whole
+
+    def leave(self, number_, saved):  # the one way out
+        """Exit with 128 + the signal's number, as a shell reports it, after the sentence."""
+        self.training = False  # a further signal ends it at once
+        name = signal.Signals(number_).name  # SIGTERM or SIGINT
+        fail(f"stopped by {name}{saved}; the same command again goes on", 128 + number_)  # 143 or 130
+
+
+def claim(output_dir):  # one run per directory
+    """Lock output_dir for this process. Returns: the open lock file: closing it, or dying, lets go of the lock.
+
+    lockf and not flock, because flock's lock is inherited by data loader processes that may outlive this one.
+    """
+    file = open(os.path.join(output_dir, ".lock"), "a+", encoding="utf-8")  # not truncated: it names the owner
+    try:  # held by the system, so a run that was killed holds nothing
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # does not wait
+    except OSError as error:  # BlockingIOError, or a file system that has no locks
+        file.seek(0)  # a+ stands at the end
+        if error.errno in (errno.EACCES, errno.EAGAIN):  # POSIX allows both for "locked"
+            owner = file.read().strip()  # "process 4711 on node0"
+            fail(f"--output_dir {output_dir} is in use by {owner}: wait for it, or choose another", 1)  # no harm done
+        say(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")  # old NFS
+    file.truncate(0)  # of the last run
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # for the sentence above
+    return file  # main() keeps it open
+
+
+def sha256(path):  # 1.8 GB/s: two seconds for a checkpoint of 3.2 GB
+    """Return the hexadecimal SHA-256 of a file."""
+    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
+    with open(path, "rb") as file:  # unbuffered reading would be no faster
+        while block := file.read(1 << 20):  # 1 MB at a time
+            digest.update(block)  # releases the interpreter's lock
+    return digest.hexdigest()  # 64 characters
+
+
+def seal(folder, facts):  # before a checkpoint gets its name
+    """Write manifest.json (facts, and size and checksum of every file of folder), and all of it to the disk."""
+    paths = {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}  # weights, optimizer, states …
+    files = {name: [os.path.getsize(path), sha256(path)] for name, path in paths.items()}  # what will be read back
+    facts = {**facts, "files": files}  # what decides whether and how a run goes on
+    body = json.dumps(facts, sort_keys=True)  # the same facts give the same text
+    paths["manifest.json"] = os.path.join(folder, "manifest.json")  # written last
+    with open(paths["manifest.json"], "w", encoding="utf-8") as file:  # sealed itself as well
+        json.dump({"sha256": hashlib.sha256(body.encode()).hexdigest(), **facts}, file, sort_keys=True)  # one line
+    os.umask(mask := os.umask(0))  # there is no way to read it without setting it
+    for path in paths.values():  # safetensors makes its files readable by their owner only
+        os.chmod(path, 0o666 & ~mask)  # what any other program would have given them
+        flush(path)  # 0.2 s for 500 MB
+    flush(folder)  # only now may it be renamed
+
+
+def flush(path):  # a rename may reach the disk before the data does: after a power cut it would name an empty file
+    """Wait until a file, or the list of a directory's files, is on the disk."""
+    handle = os.open(path, os.O_RDONLY)  # a directory can be opened so, too
+    os.fsync(handle)  # the system writes it now, not in half a minute
+    os.close(handle)  # or there would be too many open ones some day
+
+
+def read_manifest(folder):  # before a checkpoint is trusted
+    """Check all files of a checkpoint against its manifest. Returns: (manifest, None) or (None, what is wrong)."""
+    try:  # absent in checkpoints that another program made
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:  # written last
+            manifest = json.load(file)  # facts, files, and the checksum of them all
+        body = json.dumps({key: manifest[key] for key in manifest if key != "sha256"}, sort_keys=True)  # as in seal
+        if hashlib.sha256(body.encode()).hexdigest() != manifest["sha256"]:  # a flipped bit in the manifest itself
+            return None, "its manifest.json was changed"  # so nothing in it can be trusted
+        for name, (size, digest) in manifest["files"].items():  # every file that was there
+            path = os.path.join(folder, name)  # none may be missing
+            if os.path.getsize(path) != size or sha256(path) != digest:  # cut short, or a bit flipped
+                return None, f"{name} is damaged"  # which one
+    except (OSError, ValueError, KeyError) as error:  # missing, unreadable, not JSON
+        return None, f"{' '.join(str(error).split())}"  # e.g. No such file or directory: …
+    return manifest, None  # whole, to the last bit
 
 
 def find_checkpoint(output_dir, chosen):  # the same command again goes on
-    """Return (path, step, last step) of the checkpoint to go on from: the chosen one, else the newest, else None, 0, 0.
+    """Find the checkpoint to go on from: the chosen one, else the newest whole one. For rank 0 to call.
 
-    Args: output_dir (str). chosen (str or None): --resume_from_checkpoint.
+    Damaged ones, and those of other programs, are renamed to incomplete-checkpoint-N with a warning, never deleted.
+    Returns: (path, manifest), or (None, {}) for a fresh start. Raises: SystemExit(2) when the chosen one is not whole.
     """
     from transformers.trainer_utils import get_last_checkpoint  # the highest N of checkpoint-N
 
-    path = chosen or get_last_checkpoint(output_dir)  # None in a fresh directory
-    if not path:  # the first start
-        return None, 0, 0  # from the model's own weights
-    with open(os.path.join(path, "trainer_state.json"), encoding="utf-8") as file:  # the last file of a save
-        state = json.load(file)  # what the Trainer knew at that step
-    return path, state["global_step"], state["max_steps"]  # equal when the run had come to its end
+    for name in os.listdir(output_dir):  # half-made, or to be deleted anyway
+        if name.startswith((".staging", ".trash-")):  # of a save or a rotation that was killed
+            shutil.rmtree(os.path.join(output_dir, name), ignore_errors=True)  # gives its space back
+    while path := chosen or get_last_checkpoint(output_dir):  # None in a fresh directory
+        manifest, fault = read_manifest(path)  # reads all of it: 2 seconds
+        if not fault:  # the usual case
+            return path, manifest  # the newest one that is whole
+        if chosen:  # the user's choice is not replaced by another
+            advice = "leave the flag out to take the newest one"  # that is whole
+            fail(f"--resume_from_checkpoint {path} cannot be used: {fault}; {advice}")  # and nothing was changed
+        aside = os.path.join(output_dir, f"incomplete-{os.path.basename(path)}")  # no longer seen as a checkpoint
+        while os.path.exists(aside):  # set aside more than once
+            aside += "-again"  # nothing is ever written over
+        os.rename(path, aside)  # and the next newest one is tried
+        say(f"warning  {path} is not whole ({fault}); set aside as {aside}")  # for you to look at
+    return None, {}  # the first start
+
+
+def same_run(args, checkpoint, manifest, now):  # on every rank
+    """Compare the settings that a manifest holds with those of now, a dict with some or all of them.
+
+    Returns: (checkpoint, manifest) as given, or (None, {}) when --overwrite_output_dir had another run moved aside.
+    Raises: SystemExit(2) after one sentence that names each difference with both values.
+    """
+    from accelerate import PartialState  # ranks and barriers
+
+    saved = manifest.get("settings", now)  # no manifest: nothing to compare with
+    pairs = {name: (saved.get(name), value) for name, value in now.items()}  # then and now
+    other = [f"{name} was {old!r}, is {new!r}" for name, (old, new) in pairs.items() if old != new]  # for the sentence
+    if not other:  # the usual case
+        return checkpoint, manifest  # go on
+    if not args.overwrite_output_dir:  # going on would give neither the one run nor the other
+        fail(f"{checkpoint} belongs to a run with other settings: {'; '.join(other)}. "  # one clause for each
+             "Give the old ones to go on; for a new run give another --output_dir (the finished model may be its "  # or
+             "--model_name_or_path), or --overwrite_output_dir to move the old run aside")  # three ways on
+    if PartialState().is_main_process:  # one of them
+        count = 1 + len(glob.glob(os.path.join(glob.escape(args.output_dir), "previous-*")))  # the next free number
+        aside = os.path.join(args.output_dir, f"previous-{count}")  # a directory for everything of the old run
+        old = [name for name in os.listdir(args.output_dir) if not name.startswith(("previous-", ".lock"))]  # ours stay
+        os.makedirs(aside)  # only now: it would be in the list
+        for name in old:  # checkpoints, curves, results, model
+            os.rename(os.path.join(args.output_dir, name), os.path.join(aside, name))  # nothing is copied or deleted
+        say(f"The old run was moved to {aside}.")  # where its checkpoints can still be gone on from
+    PartialState().wait_for_everyone()  # nobody writes before
+    return None, {}  # a fresh start
+
+
+def find_run(args, settings):  # what is in output_dir already?
+    """Look for a finished model, else for a checkpoint, on rank 0, and tell all ranks.
+
+    Returns: (path, manifest, finished): the checkpoint to go on from or None, or output_dir itself when it is finished.
+    """
+    from accelerate import PartialState  # ranks
+    from accelerate.utils import broadcast_object_list  # rank 0 chooses: two choices would train two different runs
+
+    found = [None, {}]  # what the other ranks are about to receive
+    if PartialState().is_main_process:  # reads every byte, so once is enough
+        final = args.output_dir if os.path.isfile(os.path.join(args.output_dir, "manifest.json")) else None  # written
+        manifest = read_manifest(final)[0] if final and not args.resume_from_checkpoint else None  # … last, if whole
+        best = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if not manifest else ()  # the newest whole
+        found = [final, manifest] if manifest else list(best)  # the finished model comes first
+    path, manifest = same_run(args, *broadcast_object_list(found), settings)  # the same on all ranks
+    return path, manifest, path == args.output_dir  # a path: there is something to go on from
+
+
+def rotate(output_dir, limit, best):  # after the new one is safe
+    """Delete all but the newest `limit` checkpoints and the best one (a path or None), each whole or not at all."""
+    numbers = [int(name[11:]) for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # all whole
+    for number_ in sorted(numbers)[:-limit]:  # by number: the times of files change when a directory is copied
+        name = f"checkpoint-{number_}"  # an old one
+        if not best or os.path.basename(best) != name:  # what --load_best_model_at_end will load
+            trash = os.path.join(output_dir, f".trash-{name}")  # invisible from now on, also half deleted
+            os.rename(os.path.join(output_dir, name), trash)  # in one instant
+            shutil.rmtree(trash, ignore_errors=True)  # 3.2 GB
 
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def make_trainer(model, tokenizer, training_args, train, validation):  # our two additions to it
-    """Put the parts together. Returns: transformers.Trainer, whose evaluations report perplexity beside the loss."""
-    from transformers import DataCollatorForLanguageModeling, Trainer  # batches; the loop
+def make_trainer(model, tokenizer, training_args, train, validation, stop, facts):  # the loop, made unkillable
+    """Put the parts together.
+
+    Args: stop (Stop): knows of signals. facts (dict): for the manifest of each checkpoint: `settings`, `versions`, and
+        `progress` of the checkpoint that the run goes on from.
+    Returns: transformers.Trainer, whose evaluations report perplexity and whose checkpoints are complete or absent.
+        It overrides three methods that are not public: requirements.txt holds transformers to the tested version.
+    """
+    import torch.distributed as dist  # other processes
+    from torch import tensor  # the signal as something that can be reduced
+    from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback  # batches; the loop; its events
 
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
+    output_dir, past = training_args.output_dir, facts["progress"]  # past: what earlier calls of this run did
+    staging = os.path.join(output_dir, ".staging")  # where checkpoints are made: on the same file system
 
     def collate(chunks):  # on the CPU, while the GPU works on the last batch
         """Make a batch of chunks: input_ids and labels of shape (batch, max_seq_length), int64."""
@@ -749,8 +973,10 @@ def make_trainer(model, tokenizer, training_args, train, validation):  # our two
         batch["labels"] = batch["input_ids"].clone()  # … but nothing here is padded, and pad may be EOS: learn them all
         return batch  # the model shifts the labels by one itself
 
-    class PerplexityTrainer(Trainer):  # a subclass: no callback may change an evaluation
-        """The Trainer with one more number in every evaluation."""
+    class ReliableTrainer(Trainer):  # a subclass: no callback may change an evaluation or a save
+        """The Trainer with perplexity in every evaluation, and with checkpoints that are complete or absent."""
+
+        started = time.time()  # less the time that earlier calls took, once training begins
 
         def log(self, logs, *rest):  # every number passes here once
             """Add eval_perplexity to the metrics of an evaluation on their way to console, TensorBoard and JSON."""
@@ -759,14 +985,109 @@ def make_trainer(model, tokenizer, training_args, train, validation):  # our two
                 logs["eval_perplexity"] = math.exp(loss)  # tokens it hesitates between; evaluate() returns it, too
             super().log(logs, *rest)  # as before
 
-    return PerplexityTrainer(  # it also sets the seed and makes optimizer and schedule
+        def _get_output_dir(self, trial):  # the Trainer asks where to put checkpoint-N, and which are old
+            """Return .staging: what has its place in output_dir is out of the Trainer's reach, also for deletion."""
+            return staging  # absent except while saving
+
+        def _save_checkpoint(self, model, trial):  # called on all ranks at the same step
+            """Save under .staging, seal with a manifest, then rename: in an instant the whole checkpoint is there."""
+            name = f"checkpoint-{self.state.global_step}"  # what get_last_checkpoint() looks for
+            draft, final = os.path.join(staging, name), os.path.join(output_dir, name)  # before and after the rename
+            if os.path.isdir(final):  # saved already, at the end of this step or before a stop
+                return  # the same state: a whole checkpoint is never touched again
+            loss = self.accelerator.gather(self._tr_loss).mean().item()  # of the steps since the last log line
+            progress = {"step": self.state.global_step, "max_steps": self.state.max_steps,  # finished when equal
+                        "seconds": time.time() - self.started, "logged": self._globalstep_last_logged,  # the last line
+                        "loss": loss, "losses": self._total_loss_scalar}  # since that line; the sum of all before it
+            try:  # the disk may be full, or gone
+                super()._save_checkpoint(model, trial)  # each rank writes its random state, rank 0 all else
+                self.accelerator.wait_for_everyone()  # nobody is still writing
+                if self.args.should_save:  # rank 0
+                    if self.state.best_model_checkpoint:  # recorded as a path in .staging
+                        best = os.path.basename(self.state.best_model_checkpoint)  # checkpoint-M
+                        self.state.best_model_checkpoint = os.path.join(output_dir, best)  # where it is going to be
+                        self.state.save_to_json(os.path.join(draft, "trainer_state.json"))  # put right
+                    seal(draft, {**facts, "progress": progress})  # checksums, and on the disk
+                    os.rename(draft, final)  # from this instant on it is the newest checkpoint
+                    flush(output_dir)  # the rename as well
+                    rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)  # the oldest
+                self.accelerator.wait_for_everyone()  # the others see it, too
+            except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk in words of their own
+                needed = 12 * sum(weight.numel() for weight in self.model.parameters())  # float32 weights, Adam's two
+                free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes
+                if not isinstance(error, OSError) and free > needed:  # something else
+                    raise  # not ours to explain
+                words = " ".join(str(error).split())  # No space left on device, …
+                size = f"it needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free"  # gigabytes
+                fail(f"{name} could not be saved in {output_dir} ({words}): {size}. Earlier checkpoints are "  # … and …
+                     "whole: make space, then the same command goes on", status=1)  # … nothing else is lost
+            finally:  # saved or not
+                if self.args.should_save:  # the others leave it alone
+                    shutil.rmtree(staging, ignore_errors=True)  # empty after a rename; gives its space back otherwise
+
+    class Keeper(TrainerCallback):  # what happens between steps
+        """Takes up where the last call stopped, and stops all ranks at the same step when any of them got a signal."""
+
+        signal = 0  # agreed by all ranks
+
+        def on_train_begin(self, args, state, control, **_):  # everything is loaded, nothing has been trained
+            """Restore what the Trainer starts anew with every call, so that the logs cover the whole run."""
+            stop.training = True  # from now on a signal waits for a checkpoint
+            state.compute_steps(args, state.max_steps)  # a changed --logging_steps or --save_steps takes effect
+            trainer.started = time.time() - past.get("seconds", 0)  # train_runtime is that of all calls together
+            trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has counted yet
+            trainer._total_loss_scalar, trainer._initial_global_step = past.get("losses", 0.0), 0  # for train_loss
+            trainer._globalstep_last_logged = past.get("logged", 0)  # the next line's mean begins there
+            best = os.path.join(output_dir, f"checkpoint-{state.best_global_step}")  # the run may have been moved
+            state.best_model_checkpoint = best if os.path.isdir(best) else None  # to load it at the end
+
+        def on_step_end(self, args, state, control, **_):  # all ranks have made the same step
+            """Agree on whether to stop, and order the checkpoint."""
+            self.signal = stop.signal  # of this process
+            if args.world_size > 1:  # signals reach processes at different moments
+                any_signal = tensor(stop.signal)  # on the CPU, so that no GPU is waited for
+                dist.all_reduce(any_signal, dist.ReduceOp.MAX, group=group)  # a few bytes
+                self.signal = any_signal.item()  # the same on all ranks
+            if self.signal and state.epoch % 1:  # at the end of an epoch its evaluation comes first
+                control.should_save = control.should_training_stop = True  # read right after this
+
+        def on_epoch_end(self, args, state, control, **_):  # the last step of an epoch
+            """Order the checkpoint where on_step_end left it to us."""
+            if self.signal:  # the evaluation of the epoch comes before the save
+                control.should_save = control.should_training_stop = True  # read right after this
+
+        def on_save(self, args, state, control, **_):  # the checkpoint is there
+            """Leave when a signal ordered it."""
+            if self.signal and control.should_training_stop:  # not after a save that was due anyway
+                saved = os.path.join(output_dir, f"checkpoint-{state.global_step}")  # where it is
+                where = f"at step {state.global_step:,} of {state.max_steps:,}"  # how far it came
+                stop.leave(self.signal, f" {where}; saved {saved}")  # exits
+
+        def on_train_end(self, args, state, control, **_):  # the last checkpoint is there
+            """From here on a signal ends the run at once: the same command does the rest."""
+            stop.training = False  # no step will come that would see it
+            if stop.signal:  # it came after the last step
+                stop.leave(stop.signal, " after the last step")  # only the final model is missing
+
+    group = dist.new_group(backend="gloo") if training_args.world_size > 1 else None  # for the agreement, beside NCCL
+    trainer = ReliableTrainer(  # it also sets the seed and makes optimizer and schedule
         model=model,  # moved to the device here
         args=training_args,  # everything from the command line
         train_dataset=train,  # chunks, shuffled anew every epoch
         eval_dataset=validation,  # in order
         data_collator=collate,  # chunks → batches
         processing_class=tokenizer,  # saved beside every checkpoint and the final model
+        callbacks=[Keeper()],  # after the Trainer's own
     )
+    if "tensorboard" in training_args.report_to and training_args.process_index == 0:  # the others write nothing
+        from torch.utils.tensorboard import SummaryWriter  # event files
+        from transformers.integrations import TensorBoardCallback  # the Trainer has added one without purge_step
+
+        runs = os.path.join(output_dir, "runs")  # one folder, one curve
+        trainer.remove_callback(TensorBoardCallback)  # instead of it:
+        writer = SummaryWriter(runs, purge_step=past["step"] + 1 if past else 0)  # hides steps that are made again
+        trainer.add_callback(TensorBoardCallback(writer))  # flushes after every line
+    return trainer  # ready to train or to evaluate
 
 
 def banner(args, training_args, model, train, validation):  # read it before a night of training
@@ -798,6 +1119,12 @@ def banner(args, training_args, model, train, validation):  # read it before a n
         if warmup >= steps:  # the default of 500 is made for long runs
             say(f"note     the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} of "  # of the peak
                 f"the learning rate; lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth
+        each = 12 * parameters  # bytes of a checkpoint: float32 weights and Adam's two moments
+        there = len(glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")))  # of an earlier call
+        free, needed = shutil.disk_usage(args.output_dir).free, (args.save_total_limit + 1 - there) * each  # bytes
+        if free < needed:  # one more than the limit, because the oldest goes only when the newest is safe
+            say(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in {args.output_dir}, where "  # figures
+                f"{free / 1e9:.2g} GB are free: make space or lower --save_total_limit")  # two remedies
     say(f"output   {args.output_dir} (tensorboard --logdir {os.path.join(args.output_dir, 'runs')})")  # where to look
 
 
@@ -821,36 +1148,59 @@ def evaluate_and_save(trainer):  # --do_eval, and the end of every training with
     trainer.save_metrics("eval", metrics)  # eval_results.json, and joined to train's in all_results.json
 
 
-def train_and_save(trainer, checkpoint, finished):  # the night
+def train_and_save(trainer, checkpoint, facts):  # the night
     """Train, save model and tokenizer to output_dir, evaluate, and save the metrics beside them.
 
-    Args: checkpoint (str or None): where to go on from. finished (bool): it is the last one, only the rest is missing.
+    Args: checkpoint (str or None): where to go on from; when it is the last one of the run, only the rest is done.
+        facts (dict): for the manifest, which is written last: the sign of a finished run.
     """
-    metrics = {"train_runtime": 0.0}  # nothing to train in this call …
-    if not finished:  # … unless there is
+    past, metrics = facts["progress"], {}  # of earlier calls of this run
+    if past and past["step"] >= past["max_steps"]:  # killed after the last checkpoint: its weights are loaded already
+        loss = (past["losses"] + past["loss"]) / past["step"]  # the mean over all steps
+        metrics = {"train_runtime": past["seconds"], "train_loss": loss}  # as the Trainer would have reported
+    else:  # there are steps to make
         metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics  # hours
+        share, metrics["train_runtime"] = metrics["train_runtime"], time.time() - trainer.started  # this call; all
+        for name in ("train_samples_per_second", "train_steps_per_second"):  # all steps ÷ the time of this call …
+            metrics[name] *= share / metrics["train_runtime"]  # … put right: ÷ the time of all calls
+
+    output_dir = trainer.args.output_dir  # from_pretrained(output_dir) will work
+    staging = os.path.join(output_dir, ".staging")  # a kill in here leaves no half model: the same command goes on
     trainer.model.config.use_cache = True  # generation with the saved model wants its cache back
-    trainer.save_model()  # model.safetensors, config.json, tokenizer: from_pretrained(output_dir) works
+    trainer.save_model(staging)  # model.safetensors, config.json, tokenizer; all ranks call it, rank 0 writes
+    if trainer.args.should_save:  # rank 0
+        seal(staging, {**facts, "progress": {"step": trainer.state.global_step or past["step"]}})  # with checksums
+        for name in sorted(os.listdir(staging), key=lambda name: name.endswith(".safetensors")):  # the weights last
+            if name != "manifest.json":  # waits for the metrics
+                os.replace(os.path.join(staging, name), os.path.join(output_dir, name))  # whole or absent
     if trainer.eval_dataset is not None:  # held-out text says whether it learnt or memorized
         evaluate_and_save(trainer)  # loss and perplexity
     trainer.log_metrics("train", metrics)  # a table on the console
-    trainer.save_metrics("train", metrics)  # train_results.json, written last: the sign of a finished run
+    trainer.save_metrics("train", metrics)  # train_results.json and all_results.json
+    if trainer.args.should_save:  # rank 0
+        os.replace(os.path.join(staging, "manifest.json"), os.path.join(output_dir, "manifest.json"))  # finished
+        shutil.rmtree(staging, ignore_errors=True)  # empty
+        flush(output_dir)  # on the disk
 
 
 def main(argv=None):  # the table of contents
     """Run the steps in their order; each is a function above. argv (list[str] or None): as for parse_args."""
     args = parse_args(argv)  # a wrong call ends here, at once
+    stop = Stop()  # from here on a signal ends the run with a sentence
     training_args = make_training_arguments(args)  # from here on torch, the device and the other processes are known
-    import transformers  # imported by the line above already
+    import torch  # imported by the line above already
+    import transformers  # likewise
 
     transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
-    os.environ.setdefault("TENSORBOARD_LOGGING_DIR", os.path.join(args.output_dir, "runs"))  # one folder, one curve
-    checkpoint, step, last_step = None, 0, 0  # a fresh start …
+    facts = {"settings": run_settings(args, training_args)}  # for the manifests of this run
+    facts["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__,  # they may round …
+                         "device": training_args.device.type}  # … differently: going on is allowed, with a warning
+    checkpoint, manifest, finished = None, {}, False  # a fresh start …
     if not args.evaluate_only:  # … unless an earlier call was stopped
-        checkpoint, step, last_step = find_checkpoint(args.output_dir, args.resume_from_checkpoint)  # the newest
-    finished = checkpoint is not None and step >= last_step and not args.resume_from_checkpoint  # not stopped, ended
-    if finished and os.path.exists(os.path.join(args.output_dir, "train_results.json")):  # the last file of a run
-        say(f"This run finished at step {step:,} of {last_step:,}: nothing is left to train.",  # exit status 0
+        lock = claim(args.output_dir) if training_args.process_index == 0 else None  # noqa: F841  kept until the end
+        checkpoint, manifest, finished = find_run(args, facts["settings"])  # what an earlier call left
+    if finished:  # the final model is there, and whole
+        say(f"This run finished at step {manifest['progress']['step']:,}: nothing is left to train.",  # exit status 0
             f"Its model is in {args.output_dir}; to train it further, start a new run from it with "  # its rate …
             f"--model_name_or_path {args.output_dir} and another --output_dir.")  # … has fallen to zero
         return  # in a few seconds
@@ -864,22 +1214,35 @@ def main(argv=None):  # the table of contents
             fail("--load_best_model_at_end needs validation data: give --validation_file")  # best by what?
         training_args.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO  # --eval_steps has no meaning then
 
-    weights = checkpoint if finished else args.model_name_or_path  # finished: only the final save is missing
-    model = load_model(weights, tokenizer, args.use_flash_attention)  # float32, still on the CPU
+    model = load_model(args.model_name_or_path, tokenizer, args.use_flash_attention)  # float32, still on the CPU
+    if not args.evaluate_only:  # is the checkpoint's run really this one?
+        facts["settings"] |= digests(model, train)  # the same files, to the last token and weight
+        checkpoint, manifest = same_run(args, checkpoint, manifest, facts["settings"])  # or a sentence
+    past = facts["progress"] = manifest.get("progress", {})  # what earlier calls did: the step, the losses, the time
+    if past and past["step"] >= past["max_steps"]:  # only the final save is missing
+        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:  # which one was the best?
+            best = json.load(file)["best_global_step"] if training_args.load_best_model_at_end else None  # M, or None
+        folder = os.path.join(os.path.dirname(checkpoint), f"checkpoint-{best or past['step']}")  # the one to publish
+        model = load_model(folder, tokenizer, args.use_flash_attention)  # trained: nothing is left for the Trainer
     try:  # parts that are asked for by a flag and not there
-        trainer = make_trainer(model, tokenizer, training_args, train, validation)  # moves the model to the device
+        trainer = make_trainer(model, tokenizer, training_args, train, validation, stop, facts)  # on the device
     except (ImportError, RuntimeError, ValueError) as error:  # --report_to mlflow, --optim adamw_8bit, …
         fail(f"the Trainer cannot be set up: {' '.join(str(error).split())}")  # its own words, on one line
     banner(args, training_args, model, train, validation)  # the plan, before the first step
+    if checkpoint:  # the same command again
+        say(f"Going on from {checkpoint}, step {past['step']:,} of {past['max_steps']:,}.")  # how far it had come
+        if manifest["versions"] != facts["versions"]:  # not refused: a run may move to another machine
+            say(f"warning  the weights may differ in their last bits: the run began with {manifest['versions']}, "  # …
+                f"and goes on with {facts['versions']}")  # torch, transformers or the device
     try:  # a full GPU shows at the first step, or at the first evaluation
-        if checkpoint:  # the same command again
-            say(f"Going on from {checkpoint}, step {step:,} of {last_step:,}.")  # which, and how far it had come
         if args.evaluate_only:  # --do_eval
             evaluate_and_save(trainer)  # loss and perplexity
         else:  # the usual case
-            train_and_save(trainer, checkpoint, finished)  # the finished model in output_dir
+            train_and_save(trainer, checkpoint, facts)  # the finished model in output_dir
     except (ImportError, ValueError) as error:  # --use_liger_kernel without its package, --adam_beta1 2, …
         fail(f"a flag of the Trainer cannot be used: {' '.join(str(error).split())}")  # its own words, on one line
+    except OSError as error:  # at the final save; a checkpoint's has a sentence of its own
+        fail(f"{args.output_dir} cannot be written ({error}): mend that, then the same command goes on", 1)  # full disk
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         full = "out of memory" in str(error) or "can't allocate memory" in str(error)  # CUDA's words; the CPU's
         if not full and not isinstance(error, MemoryError):  # Python's own and numpy's

@@ -74,6 +74,7 @@ def test_defaults_are_those_of_the_table(tiny, tmp_path, texts):
         "gradient_accumulation_steps": 8, "learning_rate": 2e-5, "weight_decay": 0.01, "warmup_steps": 500,
         "bf16": False, "fp16": False, "gradient_checkpointing": False, "logging_steps": 10, "save_steps": 500,
         "eval_steps": 500, "save_total_limit": 3, "report_to": ["tensorboard"], "resume_from_checkpoint": None,
+        "overwrite_output_dir": False,
         "seed": 42,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in table} == table
@@ -190,10 +191,10 @@ def test_old_checkpoints_go_and_the_newest_stay(finished, tmp_path, tiny):
 def test_the_same_command_again_says_it_is_finished(finished):
     """B10: nothing is trained, nothing is written, exit status 0; the way to train further is named."""
     output, _, _, argv = finished
-    before = {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()}
+    before = {path: path.stat().st_mtime_ns for path in output.rglob("[!.]*") if path.is_file()}
     done = run(*argv)
     assert done.status == 0 and "This run finished at step" in done.out and "--model_name_or_path" in done.out
-    assert {path: path.stat().st_mtime_ns for path in output.rglob("*") if path.is_file()} == before
+    assert {path: path.stat().st_mtime_ns for path in output.rglob("[!.]*") if path.is_file()} == before
 
 
 def test_a_missing_final_save_is_made_up(finished, tmp_path):
