@@ -785,7 +785,7 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
                 os._exit(128 + number_)  # data loaders live on until the checkpoint is written
         elif self.training and (not self.signal or time.time() - self.time < 3):  # launchers send a second one at once
             self.signal, self.time = number_, self.time or time.time()  # the end of the step will see it
-            say(f"\n{signal.Signals(number_).name}: saving a checkpoint at the end of this step …")  # seconds
+            os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # print may be interrupted
         else:  # before or after training, or impatience
             self.leave(number_, "")  # what was saved before is whole
 
