@@ -43,6 +43,10 @@ DATASET_ALIASES = {"wikitext": WIKITEXT}  # as it was called when names had no o
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words, untouched text: trains in an evening on one GPU
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files; each also with .gz behind it
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")  # what a model directory keeps its weights in
+PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by a part of the device's name; MFU is measured against them
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A40": 149.7, "L40S": 362, "L4": 121,  # servers
+    "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "V100": 125,  # in workstations; the first name that fits counts
+}
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
     "(1) add --bf16; "  # halves the activations, costs nothing on a GPU since Ampere
@@ -314,6 +318,7 @@ def make_training_arguments(args):  # the first use of torch
 
     argv = [text for name in TRAINER_FLAGS for text in (f"--{name}", str(getattr(args, name)))]  # values and defaults
     argv += ["--activation_checkpointing", str(args.gradient_checkpointing)]  # the flag's new name in transformers
+    argv += ["--logging_nan_inf_filter", "False"]  # the Trainer's default shows a mean instead of a NaN
     argv += ["--report_to", *args.report_to, "--eval_strategy", "steps"]  # main() sets "no" without validation data
     parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)  # one flag for each of its 120 fields
     parser.error = fail  # one sentence instead of 600 lines of usage
@@ -951,6 +956,33 @@ def rotate(output_dir, limit, best):  # after the new one is safe
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def flops_per_token(config, parameters, length):  # for MFU, the share of the device's peak that is used
+    """Return the floating-point operations to train on one token: 6 a matrix weight, and causal attention beside them.
+
+    Args: config: of the model. parameters (int): all weights; a tied head counts once, as it multiplies once. length
+        (int): tokens per chunk. Source: appendix B of the PaLM paper, with the sliding window's shorter rows.
+    """
+    config, attention = config.get_text_config(), 0  # of all layers
+    tied = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # an untied table only looks up
+    heads = config.num_attention_heads  # 4
+    width = heads * getattr(config, "head_dim", config.hidden_size // heads)  # 4 × 256: all heads' queries side by side
+    for kind in getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers:  # 15 and 3
+        seen = min(length, config.sliding_window or length) if kind == "sliding_attention" else length  # at most
+        attention += 12 * width * (seen - seen * (seen - 1) / 2 / length)  # causal: the mean of min(position, seen)
+    return 6 * (parameters - tied) + attention  # 1.73e9 for Gemma 3 270M at 2,048
+
+
+def peak_flops(training_args):  # what the processes could do at best
+    """Return the dense 16-bit FLOP/s of all devices together, or None: unknown device, CPU, or float32."""
+    import torch  # the device's name
+
+    if training_args.device.type != "cuda" or not (training_args.bf16 or training_args.fp16):  # float32
+        return None  # has another peak: no share of a number that does not apply
+    name = torch.cuda.get_device_name(training_args.device)  # "NVIDIA A40"
+    peak = next((PEAKS[part] for part in PEAKS if part in name), None)  # TFLOP/s of one
+    return peak and peak * 1e12 * training_args.world_size  # of all
+
+
 def make_trainer(model, tokenizer, training_args, train, validation, stop, facts):  # the loop, made unkillable
     """Put the parts together.
 
@@ -959,11 +991,16 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     Returns: transformers.Trainer, whose evaluations report perplexity and whose checkpoints are complete or absent.
         It overrides three methods that are not public: requirements.txt holds transformers to the tested version.
     """
+    from resource import RUSAGE_SELF, getrusage  # this process's memory
+
+    import torch  # numbers on the device
     import torch.distributed as dist  # other processes
-    from torch import tensor  # the signal as something that can be reduced
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback  # batches; the loop; its events
 
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
+    length = len(train[0]["input_ids"]) if train is not None else 0  # tokens per chunk
+    flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length or 1)  # a token
+    peak = peak_flops(training_args)  # None on a CPU
     output_dir, past = training_args.output_dir, facts["progress"]  # past: what earlier calls of this run did
     staging = os.path.join(output_dir, ".staging")  # where checkpoints are made: on the same file system
 
@@ -974,16 +1011,54 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         return batch  # the model shifts the labels by one itself
 
     class ReliableTrainer(Trainer):  # a subclass: no callback may change an evaluation or a save
-        """The Trainer with perplexity in every evaluation, and with checkpoints that are complete or absent."""
+        """The Trainer with an honest log line, a guard against NaN, and checkpoints that are complete or absent."""
 
         started = time.time()  # less the time that earlier calls took, once training begins
+        began = (0.0, 0)  # time and tokens when this call began to train, and …
+        lately = (0.0, 0)  # … at the last log line
+        bad_step = torch.tensor(0, device=training_args.device)  # the first with a NaN; there, so that nobody waits
 
         def log(self, logs, *rest):  # every number passes here once
             """Add eval_perplexity to the metrics of an evaluation on their way to console, TensorBoard and JSON."""
             if "eval_loss" in logs:  # the mean over all tokens of the validation data
                 loss = min(logs["eval_loss"], 700)  # exp(710) is more than a float can hold
                 logs["eval_perplexity"] = math.exp(loss)  # tokens it hesitates between; evaluate() returns it, too
-            super().log(logs, *rest)  # as before
+            if "learning_rate" in logs:  # a line of training; .item() has just waited for the device anyway
+                now, tokens = time.time(), self.tokens_seen()  # of this moment
+                speed = (tokens - self.lately[1]) / max(now - self.lately[0], 1e-9)  # since the last line
+                steps = self.state.global_step - past.get("step", 0)  # of this call
+                pace = (now - self.began[0]) / steps  # seconds a step, evaluations and saves included
+                minutes = (self.state.max_steps - self.state.global_step) * pace / 60  # to the last step
+                memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes of this process, at its highest
+                if torch.cuda.is_available():  # then the GPU's is the one that matters
+                    memory = torch.cuda.max_memory_allocated()  # of this process's GPU
+                logs |= {"tokens_per_second": round(speed), "tokens_seen": tokens,  # on console and progress bar, …
+                         "peak_memory_gb": round(memory / 1e9, 2), "minutes_left": round(minutes, 1)}  # … curves
+                if peak:  # a known GPU
+                    logs["mfu"] = round(speed * flops / peak, 3)  # of what banner() names
+                self.lately = now, tokens  # the next line begins here
+            super().log(logs, *rest)  # to everybody who wants to know
+
+        def tokens_seen(self):  # since the first step of the run
+            """Return the tokens trained on so far by all processes, those of earlier calls included."""
+            return round((self.state.epoch or 0) * len(train)) * length  # whole chunks
+
+        def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *rest, **named):  # after every step
+            """Stop at a loss or gradient that is no number, before a log line hides it or a checkpoint keeps it."""
+            noted = 0 if grad_norm is None or self.args.fp16 else grad_norm  # fp16's loss scaling skips infinite ones
+            bad = ~torch.isfinite(tr_loss + noted) & (self.bad_step == 0)  # on the device, not waited for
+            self.bad_step = torch.where(bad, self.state.global_step, self.bad_step)  # the first; as a sum it stays NaN
+            control = self.control  # what is due after this step
+            if control.should_log or control.should_save or control.should_training_stop:  # moments that wait anyway
+                first = int(self.accelerator.gather(self.bad_step).max())  # the same on all ranks: all stop together
+                if first:  # the weights are spoilt from this step on
+                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and "  # where
+                         "nothing was saved after it. Usual causes: a --learning_rate too high, --fp16, a broken "  # or
+                         "model. Change that, and start with another --output_dir", status=1)  # it stays so
+            start = time.time()  # evaluations and saves shall not count as slow training
+            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # as the Trainer does
+            spent = time.time() - max(start, self.lately[0])  # the log line, if any, came before them
+            self.lately = self.lately[0] + spent, self.lately[1]  # as if they had taken no time
 
         def _get_output_dir(self, trial):  # the Trainer asks where to put checkpoint-N, and which are old
             """Return .staging: what has its place in output_dir is out of the Trainer's reach, also for deletion."""
@@ -1038,6 +1113,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has counted yet
             trainer._total_loss_scalar, trainer._initial_global_step = past.get("losses", 0.0), 0  # for train_loss
             trainer._globalstep_last_logged = past.get("logged", 0)  # the next line's mean begins there
+            trainer.began = trainer.lately = time.time(), trainer.tokens_seen()  # for speed and time left
             best = os.path.join(output_dir, f"checkpoint-{state.best_global_step}")  # the run may have been moved
             state.best_model_checkpoint = best if os.path.isdir(best) else None  # to load it at the end
 
@@ -1045,7 +1121,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             """Agree on whether to stop, and order the checkpoint."""
             self.signal = stop.signal  # of this process
             if args.world_size > 1:  # signals reach processes at different moments
-                any_signal = tensor(stop.signal)  # on the CPU, so that no GPU is waited for
+                any_signal = torch.tensor(stop.signal)  # on the CPU, so that no GPU is waited for
                 dist.all_reduce(any_signal, dist.ReduceOp.MAX, group=group)  # a few bytes
                 self.signal = any_signal.item()  # the same on all ranks
             if self.signal and state.epoch % 1:  # at the end of an epoch its evaluation comes first
@@ -1096,12 +1172,14 @@ def banner(args, training_args, model, train, validation):  # read it before a n
     dtype = "bf16 autocast" if training_args.bf16 else "fp16 autocast" if training_args.fp16 else "float32"  # products
     parameters = sum(weight.numel() for weight in model.parameters())  # the tied head is counted once
     device, attention = training_args.device.type, model.config._attn_implementation  # cuda or cpu; sdpa or flash
+    peak = peak_flops(training_args)  # of all processes
+    assumed = f"; MFU against {peak / 1e12:,.0f} TFLOP/s" if peak else ""  # said once, here
     splits = {"train": train, "validation": validation}  # either may be None
     data = [f"{name} {len(chunks):,} chunks = {len(chunks) * args.max_seq_length:,} tokens"  # after limits
             for name, chunks in splits.items() if chunks is not None]  # one for each that there is
     say(  # the first half: what trains where on what
         f"model    {args.model_name_or_path}, {parameters:,} parameters in float32, {attention} attention",  # what
-        f"device   {device}, {world} process{'es' if world > 1 else ''}, {dtype}",  # where
+        f"device   {device}, {world} process{'es' if world > 1 else ''}, {dtype}{assumed}",  # where
         f"data     {', '.join(data)}",  # on which text
     )
     if train is not None:  # --do_eval has no plan of steps
