@@ -102,8 +102,8 @@ def write_jsonl(path, rows):
     return path
 
 
-def run(*argv, env=None, cwd=None):
-    """Run main.py in a fork of this process. Returns: status, stdout, stderr, both as text."""
+def run(*argv, env=None, cwd=None, prepare=None):
+    """Run main.py in a fork of this process, after prepare() in it. Returns: status, stdout, stderr, both as text."""
     sys.stdout.flush(), sys.stderr.flush()
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -116,6 +116,8 @@ def run(*argv, env=None, cwd=None):
                 sys.stdout, sys.stderr = os.fdopen(1, "w"), os.fdopen(2, "w")
                 os.environ.update(env or {})
                 os.chdir(cwd or folder)
+                if prepare:
+                    prepare()
                 status = run_as_script([str(text) for text in argv])
             finally:
                 sys.stdout.flush(), sys.stderr.flush()
