@@ -88,6 +88,8 @@ def survive(server, plain, output, kills):
     results = json.loads((output / "all_results.json").read_text())
     same = in_child(same_weights, expected, output) and results["train_loss"] > 0
     leftovers = [path for path in output.iterdir() if path.name.startswith((".staging", ".trash", "incomplete"))]
+    if not same or leftovers:
+        print(kills, same, leftovers, done["out"], done["err"])
     shutil.rmtree(output)
     return hit, "exact" if same and not leftovers else "wrong"
 
