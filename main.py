@@ -877,9 +877,6 @@ def find_checkpoint(output_dir, chosen):  # the same command again goes on
     """
     from transformers.trainer_utils import get_last_checkpoint  # the highest N of checkpoint-N
 
-    for name in os.listdir(output_dir):  # half-made, or to be deleted anyway
-        if name.startswith((".staging", ".trash-")):  # of a save or a rotation that was killed
-            shutil.rmtree(os.path.join(output_dir, name), ignore_errors=True)  # gives its space back
     while path := chosen or get_last_checkpoint(output_dir):  # None in a fresh directory
         manifest, fault = read_manifest(path)  # reads all of it: 2 seconds
         if not fault:  # the usual case
@@ -934,6 +931,9 @@ def find_run(args, settings):  # what is in output_dir already?
 
     found = [None, {}]  # what the other ranks are about to receive
     if PartialState().is_main_process:  # reads every byte, so once is enough
+        for name in os.listdir(args.output_dir):  # half-made, or to be deleted anyway
+            if name.startswith((".staging", ".trash-")):  # of a save or a rotation that was killed
+                shutil.rmtree(os.path.join(args.output_dir, name), ignore_errors=True)  # gives its space back
         final = args.output_dir if os.path.isfile(os.path.join(args.output_dir, "manifest.json")) else None  # written
         manifest = read_manifest(final)[0] if final and not args.resume_from_checkpoint else None  # … last, if whole
         best = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if not manifest else ()  # the newest whole
@@ -1222,8 +1222,17 @@ def evaluate_and_save(trainer):  # --do_eval, and the end of every training with
     """Evaluate on the validation data and save loss and perplexity to eval_results.json and all_results.json."""
     metrics = trainer.evaluate()  # the mean loss over all tokens of all processes
     metrics["perplexity"] = metrics.pop("eval_perplexity")  # the name under which transformers' scripts save it
-    trainer.log_metrics("eval", metrics)  # a table on the console
-    trainer.save_metrics("eval", metrics)  # eval_results.json, and joined to train's in all_results.json
+    save_metrics(trainer, "eval", metrics)  # eval_results.json, and joined to train's in all_results.json
+
+
+def save_metrics(trainer, split, metrics):  # of "train" or "eval"
+    """Print metrics as a table, write them to {split}_results.json, and join them to those in all_results.json."""
+    trainer.log_metrics(split, metrics)  # on the console
+    try:  # reads what all_results.json holds already
+        trainer.save_metrics(split, metrics)  # rank 0
+    except ValueError:  # a kill has cut it short
+        os.remove(os.path.join(trainer.args.output_dir, "all_results.json"))  # made from what is saved now
+        trainer.save_metrics(split, metrics)  # once more
 
 
 def train_and_save(trainer, checkpoint, facts):  # the night
@@ -1253,8 +1262,7 @@ def train_and_save(trainer, checkpoint, facts):  # the night
                 os.replace(os.path.join(staging, name), os.path.join(output_dir, name))  # whole or absent
     if trainer.eval_dataset is not None:  # held-out text says whether it learnt or memorized
         evaluate_and_save(trainer)  # loss and perplexity
-    trainer.log_metrics("train", metrics)  # a table on the console
-    trainer.save_metrics("train", metrics)  # train_results.json and all_results.json
+    save_metrics(trainer, "train", metrics)  # train_results.json and all_results.json
     if trainer.args.should_save:  # rank 0
         os.replace(os.path.join(staging, "manifest.json"), os.path.join(output_dir, "manifest.json"))  # finished
         shutil.rmtree(staging, ignore_errors=True)  # empty
