@@ -1,7 +1,7 @@
 """Runs main.py in forks that a library, preloaded into this process, kills at the k-th change below a directory.
 
-Reads one JSON object a line: {"argv": […], "place": directory, "k": 0 for no kill, "seconds": null or kill after so many}.
-Answers with {"status", "out", "err", "changes"}.
+Reads one JSON object a line: {"argv": […], "place": directory, "k": 0 for no kill, "seconds": null, or when to send
+itself "signal"}. Answers with {"status", "out", "err", "changes"}.
 """
 
 import ctypes
@@ -22,7 +22,7 @@ for line in sys.stdin:
     def prepare(job=job):
         library.kill_at(job["place"].encode(), job["k"])
         if job.get("seconds"):
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), job["signal"]))
             signal.setitimer(signal.ITIMER_REAL, job["seconds"])
 
     library.kill_at(b"", 0)  # the counter is shared with the fork

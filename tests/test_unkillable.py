@@ -3,14 +3,18 @@
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRATCH, in_child, write_jsonl
+from conftest import ROOT, SCRATCH, in_child, launch, run, write_jsonl
+from test_hub import ACCELERATE, free_port
 from test_training import same_weights
 
 KILLS = int(os.environ.get("KILLS", 520))  # at least so many by count, spread evenly over all changes
@@ -26,8 +30,8 @@ class Server:
             command, env=os.environ | {"LD_PRELOAD": str(library)}, stdin=-1, stdout=-1, stderr=-3, text=True
         )
 
-    def run(self, argv, place, k=0, seconds=None):
-        job = {"argv": [str(word) for word in argv], "place": str(place), "k": k, "seconds": seconds}
+    def run(self, argv, place, k=0, seconds=None, number=signal.SIGKILL):
+        job = {"argv": [str(word) for word in argv], "place": str(place), "k": k, "seconds": seconds, "signal": number}
         print(json.dumps(job), file=self.process.stdin, flush=True)
         return json.loads(self.process.stdout.readline())
 
@@ -127,3 +131,285 @@ def test_a_kill_at_any_change_of_a_file_costs_nothing(servers, plain, tmp_path):
              for k in range(1, changes + 1)]  # fmt: skip
     counts = try_all("changes of files", servers, plain, tmp_path, plans)
     assert (counts["crashed"], counts["wrong"]) == (0, 0) and counts["kills"] >= min(KILLS, changes), counts
+
+
+@pytest.mark.slow
+def test_kills_at_random_moments_cost_nothing(servers, plain, tmp_path):
+    """B10: ten runs, each killed at random times until it has come to its end."""
+    generator = random.Random(1)
+    plans = [[(0, generator.uniform(0.05, 0.9)) for _ in range(12)] for _ in range(10)]
+    counts = try_all("random moments", servers, plain, tmp_path, plans)
+    assert (counts["crashed"], counts["wrong"]) == (0, 0) and counts["kills"] >= 30, counts
+
+
+def test_a_signal_at_any_moment_ends_with_its_status_and_costs_nothing(servers, plain, tmp_path):
+    """B10: SIGTERM and SIGINT, at any time: 143 or 130, a sentence, no traceback."""
+    argv, expected, _ = plain
+    seen = set()
+    for number in range(24):
+        output = tmp_path / str(number)
+        which = (signal.SIGTERM, signal.SIGINT)[number % 2]
+        done = servers[0].run([*argv, "--output_dir", output], output, seconds=0.04 + number / 25, number=which)
+        assert done["status"] in (0, 128 + which) and "Traceback" not in done["err"], done["err"]
+        if done["status"]:
+            sentence = done["err"].partition("main.py: error: ")[2].splitlines()[0]
+            assert f"stopped by {which.name}" in sentence and "the same command again goes on" in sentence
+            saved = re.search(r"at step (\d) of 4; saved (\S+);", sentence)
+            assert not saved or (output / f"checkpoint-{saved[1]}/manifest.json").exists()
+            seen.add(bool(saved))
+        again = servers[0].run([*argv, "--output_dir", output], output)
+        assert again["status"] == 0, again["err"]
+        assert in_child(same_weights, expected, output)
+    assert seen == {True, False}
+
+
+@pytest.fixture(scope="module")
+def stepwise(plain, servers, tmp_path_factory):
+    """A run with a checkpoint at each of its 4 steps. Returns: (argv, output_dir)."""
+    output = tmp_path_factory.mktemp("stepwise") / "out"
+    argv = [*plain[0], "--save_steps", 1, "--save_total_limit", 9]
+    assert servers[0].run([*argv, "--output_dir", output], output)["status"] == 0
+    return argv, output
+
+
+@pytest.fixture
+def stopped(stepwise, tmp_path):
+    """A copy of that run as a kill after its last checkpoint leaves it. Returns: (argv, output_dir, the whole run)."""
+    argv, whole = stepwise
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    (output / "manifest.json").unlink()
+    (output / "model.safetensors").unlink()
+    return [*argv, "--output_dir", output], output, whole
+
+
+HARM = {
+    "missing": lambda path: path.unlink(),
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
+}
+FILES = "config.json manifest.json model.safetensors optimizer.pt rng_state.pth scheduler.pt trainer_state.json".split()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", HARM)
+@pytest.mark.parametrize("name", FILES)
+def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_taken(name, harm, stopped):
+    """B10: any file missing, empty, cut in half or with a flipped bit: a warning, nothing deleted, the same weights."""
+    argv, output, whole = stopped
+    files = {path.name for path in (output / "checkpoint-4").iterdir()}
+    HARM[harm](output / "checkpoint-4" / name)
+    done = run(*argv)
+    assert done.status == 0, done.err
+    assert f"warning  {output}/checkpoint-4 is not whole" in done.out
+    assert f"Going on from {output}/checkpoint-3, step 3 of 4." in done.out
+    kept = {path.name for path in (output / "incomplete-checkpoint-4").iterdir()}
+    assert kept == files - ({name} if harm == "missing" else set())
+    assert in_child(same_weights, whole, output)
+
+
+def test_a_checkpoint_of_another_program_is_set_aside(stopped):
+    """B10: without a manifest nothing is trusted, also when it is the only one; chosen by hand it is refused."""
+    argv, output, whole = stopped
+    for path in output.glob("checkpoint-*/manifest.json"):
+        path.unlink()
+    chosen = run(*argv, "--resume_from_checkpoint", output / "checkpoint-4")
+    assert chosen.status == 2 and "checkpoint-4 cannot be used" in chosen.err
+    done = run(*argv)
+    assert done.status == 0 and done.out.count("is not whole") == 4 and "Going on" not in done.out
+    assert in_child(same_weights, whole, output) and len(list(output.glob("incomplete-checkpoint-*"))) == 4
+
+
+SETTINGS = {  # flags → the words of the refusal
+    "--learning_rate 2e-3": ("learning_rate was 0.001, is 0.002",),
+    "--weight_decay 0.1": ("weight_decay was 0.01, is 0.1",),
+    "--adam_beta1 0.8": ("adam_beta1 was 0.9, is 0.8",),
+    "--per_device_train_batch_size 4": ("per_device_train_batch_size was 2, is 4",),
+    "--gradient_accumulation_steps 2": ("gradient_accumulation_steps was 1, is 2",),
+    "--max_seq_length 32": ("max_seq_length was 64, is 32",),
+    "--seed 1": ("seed was 42, is 1",),
+    "--max_steps 8": ("max_steps was 4, is 8", "--output_dir", "--model_name_or_path"),
+    "--lr_scheduler_type cosine": ("lr_scheduler_type was 'linear', is 'cosine'",),
+    "--bf16": ("bf16 was False, is True",),
+    "--add_eos": ("add_eos was False, is True",),
+    "--max_train_samples 3": ("max_train_samples was None, is 3",),
+}
+
+
+@pytest.mark.parametrize("flags", SETTINGS)
+def test_other_settings_are_refused_with_both_values(flags, stopped):
+    """B10: in a stopped run and in a finished one; nothing is touched."""
+    argv, output, whole = stopped
+    for place in (output, whole):
+        before = {path: path.stat().st_mtime_ns for path in place.rglob("[!.]*") if path.is_file()}
+        done = run(*argv, "--output_dir", place, *flags.split())
+        assert done.status == 2 and "other settings" in done.err, done.err
+        assert [words for words in SETTINGS[flags] if words not in done.err] == [], done.err
+        assert {path: path.stat().st_mtime_ns for path in place.rglob("[!.]*") if path.is_file()} == before
+
+
+def test_other_text_of_the_same_size_is_refused(stopped):
+    """B10: the tokens decide, not the file's name or size."""
+    argv, output, _ = stopped
+    path = Path(argv[argv.index("--train_file") + 1])
+    text = path.read_text()
+    try:
+        path.write_text(text.replace("with", "wyth"))
+        done = run(*argv)
+    finally:
+        path.write_text(text)
+    assert done.status == 2 and "train_data was" in done.err, done.err
+
+
+def test_what_cannot_change_weights_may_change_and_takes_effect(stopped, tmp_path):
+    """B10: other save and log steps, place, workers and limit; the weights stay the same."""
+    argv, output, whole = stopped
+    for number in (3, 4):
+        shutil.rmtree(output / f"checkpoint-{number}")
+    moved = tmp_path / "elsewhere"
+    output.rename(moved)
+    more = ["--output_dir", moved, "--save_steps", 2, "--save_total_limit", 2, "--logging_steps", 2,
+            "--report_to", "none", "--dataloader_num_workers", 2]  # fmt: skip
+    done = run(*argv, *more)
+    assert done.status == 0 and f"Going on from {moved}/checkpoint-2, step 2 of 4." in done.out, done.err
+    assert sorted(path.name for path in moved.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    state = json.loads((moved / "checkpoint-4" / "trainer_state.json").read_text())
+    assert [row["step"] for row in state["log_history"]] == [1, 2, 4]
+    assert in_child(same_weights, whole, moved)
+
+
+def test_overwrite_output_dir_moves_the_old_run_aside(stopped):
+    """B10: everything of it, once; the same command then goes on with the new run."""
+    argv, output, _ = stopped
+    old = {path.name for path in output.iterdir()} - {".lock"}
+    argv += ["--seed", 1, "--overwrite_output_dir"]
+    done = run(*argv)
+    assert done.status == 0 and f"The old run was moved to {output}/previous-1." in done.out, done.err
+    assert {path.name for path in (output / "previous-1").iterdir()} == old
+    again = run(*argv)
+    assert again.status == 0 and "This run finished" in again.out and not (output / "previous-2").exists()
+
+
+def test_a_second_run_in_the_same_directory_is_refused(stopped):
+    """B10: with host and process of the first; the lock of a dead one does not matter."""
+    argv, output, _ = stopped
+    code = "import sys, time, main; lock = main.claim(sys.argv[1]); print('held', flush=True); time.sleep(600)"
+    holder = subprocess.Popen([sys.executable, "-c", code, output], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    assert holder.stdout.readline() == "held\n"
+    done = run(*argv)
+    holder.kill(), holder.wait()
+    assert done.status == 1 and f"is in use by process {holder.pid} on {os.uname().nodename}" in done.err
+    assert run(*argv).status == 0
+
+
+def events(folder):
+    """{tag: [(step, value)]} of TensorBoard's event files, as TensorBoard shows them."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    loaded = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
+    return {tag: [(event.step, event.value) for event in loaded.Scalars(tag)] for tag in loaded.Tags()["scalars"]}
+
+
+def test_the_logs_of_a_killed_run_join_up(stepwise, servers, plain, tmp_path):
+    """B11: TensorBoard and trainer_state.json show each step once, and train_loss is that of all steps."""
+    output = tmp_path / "out"
+    argv = [*plain[0], "--save_steps", 3, "--output_dir", output]
+    for seconds in (0.9, 0.95, 1.0, 1.05):  # some come after step 1 and before the checkpoint of step 3
+        servers[0].run(argv, output, seconds=seconds)
+    assert servers[0].run(argv, output)["status"] == 0
+    expected = events(stepwise[1] / "runs")["train/loss"]
+    assert events(output / "runs")["train/loss"] == expected and [step for step, _ in expected] == [1, 2, 3, 4]
+    history = json.loads((output / "checkpoint-4/trainer_state.json").read_text())["log_history"]
+    assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4]
+    mine, whole = (json.loads((place / "train_results.json").read_text()) for place in (output, stepwise[1]))
+    assert mine["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("more", [["--bf16"], ["--dataloader_num_workers", 2]], ids=["bf16", "workers"])
+def test_every_step_can_be_gone_on_from_bit_for_bit(plain, servers, tmp_path, more):
+    """B10: two epochs of three steps, two batches a step, the last batch partial."""
+    argv = [*plain[0], "--max_steps", -1, "--num_train_epochs", 2, "--max_train_samples", 11, "--save_steps", 1,
+            "--gradient_accumulation_steps", 2, "--save_total_limit", 9, *more]  # fmt: skip
+    whole = tmp_path / "whole"
+    assert servers[0].run([*argv, "--output_dir", whole], whole)["status"] == 0
+    for step in range(1, 6):
+        output = tmp_path / str(step)
+        done = run(*argv, "--output_dir", output, "--resume_from_checkpoint", whole / f"checkpoint-{step}")
+        assert done.status == 0 and f"step {step} of 6." in done.out, done.err
+        assert in_child(same_weights, whole, output), step
+
+
+@pytest.mark.slow
+def test_a_full_disk_keeps_the_last_checkpoint_and_goes_on_when_there_is_space(plain, stepwise, tmp_path):
+    """B10: a small tmpfs in a mount namespace of its own: status 1, space needed and free, then the same weights."""
+    argv = [str(word) for word in [*stepwise[0], "--output_dir", tmp_path / "disk" / "out"]]
+    (tmp_path / "disk").mkdir()
+    script = """
+        mount -t tmpfs -o size=3m none "$0"
+        "$@" 2>"$0.err"; echo "status $?"; ls "$0"/out | grep checkpoint
+        mount -o remount,size=100m "$0"
+        "$@" || exit; cp -r "$0"/out "$0.out"
+    """
+    command = ["unshare", "--mount", "sh", "-c", script, tmp_path / "disk", sys.executable, ROOT / "main.py", *argv]
+    done = launch(*command)
+    assert done.status == 0, done.out + done.err
+    error = (tmp_path / "disk.err").read_text()
+    assert "status 1" in done.out and "could not be saved" in error and "GB are free" in error, error
+    assert "checkpoint-1\n" in done.out and "Going on from" in done.out and "incomplete" not in done.out
+    assert in_child(same_weights, stepwise[1], tmp_path / "disk.out")
+
+
+def wait_for(path, process):
+    while not path.exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", ["kill -9 of a rank", "SIGTERM to the launcher"])
+def test_two_ranks_go_on_together(plain, tmp_path, how):
+    """B10, B13: whichever process is stopped, all stop, nobody stays behind, and the same command ends the same."""
+    argv = [str(word) for word in [*plain[0], "--max_steps", 60, "--save_total_limit", 2, "--report_to", "none"]]
+
+    def start(output):
+        words = [ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port())]
+        words += [ROOT / "main.py", *argv, "--output_dir", output]
+        return subprocess.Popen(words, stdout=-1, stderr=-1, text=True)
+
+    whole = start(tmp_path / "whole")
+    assert whole.communicate() and whole.returncode == 0
+    output = tmp_path / "out"
+    first = start(output)
+    wait_for(output / "checkpoint-4", first)
+    ranks = subprocess.run(["pgrep", "-P", str(first.pid)], capture_output=True, text=True).stdout.split()
+    assert len(ranks) == 2
+    if how.startswith("kill"):
+        os.kill(int(ranks[1]), signal.SIGKILL)
+    else:
+        first.send_signal(signal.SIGTERM)
+    said = first.communicate()
+    assert first.returncode != 0 and not any(Path("/proc", rank).exists() for rank in ranks)
+    if how.startswith("SIGTERM"):
+        assert "stopped by SIGTERM at step" in said[1], said[1]
+    again = start(output)
+    assert "Going on from" in again.communicate()[0] and again.returncode == 0
+    assert in_child(same_weights, tmp_path / "whole", output)
+
+
+@pytest.mark.slow
+def test_a_launcher_of_one_process_takes_it_along(plain, tmp_path):
+    """B10, B13: accelerate's launcher for one process does not pass SIGTERM on; the trainer notices its end."""
+    output = tmp_path / "out"
+    words = [ACCELERATE, "launch", "--num_processes", "1", ROOT / "main.py", *plain[0], "--max_steps", 300]
+    words += ["--output_dir", output]
+    process = subprocess.Popen([str(word) for word in words], stdout=-3, stderr=-1, text=True)
+    wait_for(output / "checkpoint-2", process)
+    trainer = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0]
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate()[1]
+    for _ in range(600):
+        if not Path("/proc", trainer).exists():
+            break
+        time.sleep(0.1)
+    assert not Path("/proc", trainer).exists() and "stopped by SIGTERM at step" in said
