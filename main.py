@@ -1271,8 +1271,8 @@ def train_and_save(trainer, checkpoint, facts):  # the night
 
 def main(argv=None):  # the table of contents
     """Run the steps in their order; each is a function above. argv (list[str] or None): as for parse_args."""
-    args = parse_args(argv)  # a wrong call ends here, at once
     stop = Stop()  # from here on a signal ends the run with a sentence
+    args = parse_args(argv)  # a wrong call ends here, at once
     training_args = make_training_arguments(args)  # from here on torch, the device and the other processes are known
     import torch  # imported by the line above already
     import transformers  # likewise

@@ -149,7 +149,7 @@ def test_a_signal_at_any_moment_ends_with_its_status_and_costs_nothing(servers, 
     for number in range(24):
         output = tmp_path / str(number)
         which = (signal.SIGTERM, signal.SIGINT)[number % 2]
-        done = servers[0].run([*argv, "--output_dir", output], output, seconds=0.04 + number / 25, number=which)
+        done = servers[0].run([*argv, "--output_dir", output], output, seconds=0.1 + number / 25, number=which)
         assert done["status"] in (0, 128 + which) and "Traceback" not in done["err"], done["err"]
         if done["status"]:
             sentence = done["err"].partition("main.py: error: ")[2].splitlines()[0]
