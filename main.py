@@ -252,6 +252,9 @@ def check_args(args):  # the part that argparse cannot say
         except OSError as error:  # FileExistsError, NotADirectoryError, PermissionError, read-only file system, …
             reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error  # plain words
             fail(f"{flag} {folder} cannot be used: {reason}; choose one you can write to")  # at once
+    places = {os.path.realpath(path) for path in (args.output_dir, args.model_name_or_path)}  # links resolved
+    if len(places) == 1 and not args.evaluate_only:  # the finished model would be written over its base
+        fail(f"--output_dir {args.output_dir} is the model to start from: choose another directory")  # else lost
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
     if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
         fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # perhaps one up
@@ -319,6 +322,7 @@ def make_training_arguments(args):  # the first use of torch
     argv = [text for name in TRAINER_FLAGS for text in (f"--{name}", str(getattr(args, name)))]  # values and defaults
     argv += ["--activation_checkpointing", str(args.gradient_checkpointing)]  # the flag's new name in transformers
     argv += ["--logging_nan_inf_filter", "False"]  # the Trainer's default shows a mean instead of a NaN
+    argv += ["--ddp_find_unused_parameters", "False"]  # every weight is used in every step: no search for others
     argv += ["--report_to", *args.report_to, "--eval_strategy", "steps"]  # main() sets "no" without validation data
     parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)  # one flag for each of its 120 fields
     parser.error = fail  # one sentence instead of 600 lines of usage
@@ -1087,7 +1091,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                     flush(output_dir)  # the rename as well
                     rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)  # the oldest
                 self.accelerator.wait_for_everyone()  # the others see it, too
-            except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk in words of their own
+            except Exception as error:  # torch and safetensors report a full disk with kinds of their own
                 needed = 12 * sum(weight.numel() for weight in self.model.parameters())  # float32 weights, Adam's two
                 free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes
                 if not isinstance(error, OSError) and free > needed:  # something else
@@ -1276,6 +1280,7 @@ def main(argv=None):  # the table of contents
     training_args = make_training_arguments(args)  # from here on torch, the device and the other processes are known
     import torch  # imported by the line above already
     import transformers  # likewise
+    from safetensors import SafetensorError  # its word for a disk that is full
 
     transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
     facts = {"settings": run_settings(args, training_args)}  # for the manifests of this run
@@ -1327,7 +1332,7 @@ def main(argv=None):  # the table of contents
             train_and_save(trainer, checkpoint, facts)  # the finished model in output_dir
     except (ImportError, ValueError) as error:  # --use_liger_kernel without its package, --adam_beta1 2, …
         fail(f"a flag of the Trainer cannot be used: {' '.join(str(error).split())}")  # its own words, on one line
-    except OSError as error:  # at the final save; a checkpoint's has a sentence of its own
+    except (OSError, SafetensorError) as error:  # at the final save; a checkpoint's has a sentence of its own
         fail(f"{args.output_dir} cannot be written ({error}): mend that, then the same command goes on", 1)  # full disk
     except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
         full = "out of memory" in str(error) or "can't allocate memory" in str(error)  # CUDA's words; the CPU's

@@ -122,6 +122,9 @@ CALLS = {
     "shortened flag": (GOOD + "--learning 1e-4", "unknown flag --learning", "--learning_rate"),
     "shortened flag of the Trainer": (GOOD + "--max_st 2", "unknown flag --max_st", "--max_steps"),
     "unknown short flag": (GOOD + "-x", "-x"),
+    "output over the model": (
+        "--train_file {train} --output_dir {tiny}", "--output_dir", "the model to start from", "choose another"
+    ),
     "stray word": (GOOD + "--bf16 stray", "'stray'", "belongs to no flag", "--train_file"),
     "stray word behind a Trainer flag": (GOOD + "--max_steps 2 stray", "'stray'", "belongs to no flag"),
     "max_steps no number": (GOOD + "--max_steps abc", "--max_steps", "'abc'"),

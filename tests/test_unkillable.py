@@ -49,9 +49,6 @@ def servers():
     yield both
     for server in both:
         server.close()
-    print("\n  kills at             kills  exact  crashed  wrong")
-    for name, (kills, exact, crashed, wrong) in TABLE.items():
-        print(f"  {name:20} {kills:5} {exact:6} {crashed:8} {wrong:6}")
 
 
 @pytest.fixture(scope="module")
