@@ -139,6 +139,7 @@ def test_kills_at_random_moments_cost_nothing(servers, plain, tmp_path):
     assert (counts["crashed"], counts["wrong"]) == (0, 0) and counts["kills"] >= 10, counts
 
 
+@pytest.mark.slow
 def test_a_signal_at_any_moment_ends_with_its_status_and_costs_nothing(servers, plain, tmp_path):
     """B10: SIGTERM and SIGINT, at any time: 143 or 130, a sentence, no traceback."""
     argv, expected, _ = plain
@@ -323,6 +324,7 @@ def test_the_logs_of_a_killed_run_join_up(stepwise, servers, plain, tmp_path):
     assert mine["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [["--bf16"], ["--dataloader_num_workers", 2]], ids=["bf16", "workers"])
 def test_every_step_can_be_gone_on_from_bit_for_bit(plain, servers, tmp_path, more):
     """B10: two epochs of three steps, two batches a step, the last batch partial."""
