@@ -44,8 +44,8 @@ WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words, untouched text: trains
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files; each also with .gz behind it
 WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")  # what a model directory keeps its weights in
 PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by a part of the device's name; MFU is measured against them
-    "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A40": 149.7, "L40S": 362, "L4": 121,  # servers
-    "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "V100": 125,  # in workstations; the first name that fits counts
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A40": 149.7, "L40S": 362, "L4": 121,  # server
+    "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "V100": 125,  # desktop; the first name that fits counts
 }
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
@@ -244,7 +244,8 @@ def check_args(args):  # the part that argparse cannot say
 
     args.output_dir = os.path.expanduser(args.output_dir)  # the Trainer does the same later
     args.cache_dir = args.cache_dir and os.path.expanduser(args.cache_dir)  # None: the cache of datasets
-    for flag, folder in (("--output_dir", args.output_dir), ("--cache_dir", args.cache_dir or args.output_dir)):  # both
+    places = {"--output_dir": args.output_dir, "--cache_dir": args.cache_dir}  # directories that are written to
+    for flag, folder in ((flag, folder) for flag, folder in places.items() if folder):  # the cache may be the default
         try:  # a bad place is found now, not at the first checkpoint hours later
             os.makedirs(folder, exist_ok=True)  # raises for a file in the way, and where we may not write
             if not os.access(folder, os.W_OK | os.X_OK):  # exists, but belongs to somebody else
@@ -254,7 +255,7 @@ def check_args(args):  # the part that argparse cannot say
             fail(f"{flag} {folder} cannot be used: {reason}; choose one you can write to")  # at once
     places = {os.path.realpath(path) for path in (args.output_dir, args.model_name_or_path)}  # links resolved
     if len(places) == 1 and not args.evaluate_only:  # the finished model would be written over its base
-        fail(f"--output_dir {args.output_dir} is the model to start from: choose another directory")  # else lost
+        fail(f"--output_dir {args.output_dir} is the model to start from: choose another directory")  # keeps it
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
     if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
         fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # perhaps one up
@@ -337,7 +338,7 @@ def make_training_arguments(args):  # the first use of torch
     if rest:  # "--max_steps 10 20", or a file name without its flag
         fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # which word
     if made.max_steps < 1 and made.max_steps != -1:  # -1 is the Trainer's "not given"
-        fail(f"--max_steps: {made.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # or so
+        fail(f"--max_steps: {made.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # 0 too
     for name in ("save_only_model", "enable_jit_checkpoint", "save_on_each_node"):  # the Trainer's, none of them whole
         if getattr(made, name):  # no optimizer; a partial final model; no weights on other nodes
             fail(f"--{name} makes checkpoints that no run can go on from: leave it out")  # ours need none of them
@@ -398,7 +399,7 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # text in, chunks
             packed = prepare_split(name, splits.pop(name), tokenizer, args, rebuild)  # pop: lets go of the raw text
             chunks[name] = packed.select(range(min(limit, len(packed)))) if limit else packed  # a view, no copy
             if limit and limit < len(packed):  # chunks that were made but will not be used
-                say(f"{name}: only the first {limit:,} of {len(packed):,} chunks are used (--max_*_samples)")  # said
+                say(f"{name}: only the first {limit:,} of {len(packed):,} chunks are used (--max_*_samples)")  # asked
     return chunks.get("train"), chunks.get("validation")  # main() needs both names
 
 
@@ -418,7 +419,7 @@ def load_named_dataset(name, config, column, needed, cache_dir):  # --dataset_na
         saved = [os.path.join(name, file) for file in ("state.json", "dataset_dict.json")]  # of one split; of several
         if any(os.path.isfile(path) for path in saved):  # a directory with Arrow files
             if config:  # there is nothing to choose from
-                fail(f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # not ignored
+                fail(f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # one only
             loaded = datasets.load_from_disk(name)  # made by Dataset.save_to_disk
         else:  # a hub name, or a directory of files as on the hub
             if not config:  # the data set may have several and no default
@@ -733,7 +734,7 @@ def load_tokenizer(name, max_seq_length):  # the first thing a model must have
         fail(explain_loading_error("--model_name_or_path", name, "", error) + part)  # one sentence with what to do
     context = getattr(config.get_text_config(), "max_position_embeddings", max_seq_length)  # 32,768 for Gemma 3 270M
     if max_seq_length > context:  # positions that the model has never seen
-        fail(f"--max_seq_length {max_seq_length} is longer than the model's context: use {context} or less")  # no sense
+        fail(f"--max_seq_length {max_seq_length} is longer than the model's context: use {context} or less")  # 32,768
     if tokenizer.pad_token is None:  # the collator asks for one though full chunks need no padding
         tokenizer.pad_token = tokenizer.eos_token  # as everywhere in this field
     return tokenizer  # adds BOS by itself, never EOS
@@ -747,7 +748,7 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
     loaded as bfloat16; its weights are then made float32 just the same.
     Returns: PreTrainedModel on the CPU. Raises: SystemExit(2) after one sentence.
     """
-    import torch  # dtypes
+    import torch  # names of number formats
     from transformers import AutoModelForCausalLM  # picks Gemma3ForCausalLM by config.json
 
     try:  # the weights: 536 MB from the hub at the first time
@@ -908,15 +909,15 @@ def same_run(args, checkpoint, manifest, now):  # on every rank
     pairs = {name: (saved.get(name), value) for name, value in now.items()}  # then and now
     other = [f"{name} was {old!r}, is {new!r}" for name, (old, new) in pairs.items() if old != new]  # for the sentence
     if not other:  # the usual case
-        return checkpoint, manifest  # go on
+        return checkpoint, manifest  # the same run
     if not args.overwrite_output_dir:  # going on would give neither the one run nor the other
         fail(f"{checkpoint} belongs to a run with other settings: {'; '.join(other)}. "  # one clause for each
-             "Give the old ones to go on; for a new run give another --output_dir (the finished model may be its "  # or
+             "Give the old ones to go on; for a new run give another --output_dir (the finished model may be its "  # a
              "--model_name_or_path), or --overwrite_output_dir to move the old run aside")  # three ways on
     if PartialState().is_main_process:  # one of them
         count = 1 + len(glob.glob(os.path.join(glob.escape(args.output_dir), "previous-*")))  # the next free number
         aside = os.path.join(args.output_dir, f"previous-{count}")  # a directory for everything of the old run
-        old = [name for name in os.listdir(args.output_dir) if not name.startswith(("previous-", ".lock"))]  # ours stay
+        old = [name for name in os.listdir(args.output_dir) if not name.startswith(("previous-", ".lock"))]  # stays
         os.makedirs(aside)  # only now: it would be in the list
         for name in old:  # checkpoints, curves, results, model
             os.rename(os.path.join(args.output_dir, name), os.path.join(aside, name))  # nothing is copied or deleted
@@ -930,7 +931,7 @@ def find_run(args, settings):  # what is in output_dir already?
 
     Returns: (path, manifest, finished): the checkpoint to go on from or None, or output_dir itself when it is finished.
     """
-    from accelerate import PartialState  # ranks
+    from accelerate import PartialState  # which rank this is
     from accelerate.utils import broadcast_object_list  # rank 0 chooses: two choices would train two different runs
 
     found = [None, {}]  # what the other ranks are about to receive
@@ -938,10 +939,10 @@ def find_run(args, settings):  # what is in output_dir already?
         for name in os.listdir(args.output_dir):  # half-made, or to be deleted anyway
             if name.startswith((".staging", ".trash-")):  # of a save or a rotation that was killed
                 shutil.rmtree(os.path.join(args.output_dir, name), ignore_errors=True)  # gives its space back
-        final = args.output_dir if os.path.isfile(os.path.join(args.output_dir, "manifest.json")) else None  # written
-        manifest = read_manifest(final)[0] if final and not args.resume_from_checkpoint else None  # … last, if whole
-        best = find_checkpoint(args.output_dir, args.resume_from_checkpoint) if not manifest else ()  # the newest whole
-        found = [final, manifest] if manifest else list(best)  # the finished model comes first
+        manifest, _ = read_manifest(args.output_dir)  # written last: where it fits the files, the run has finished
+        found = [args.output_dir, manifest]  # nothing is left to train, unless …
+        if not manifest or args.resume_from_checkpoint:  # … the model is not whole, or the user wants to go back
+            found = list(find_checkpoint(args.output_dir, args.resume_from_checkpoint))  # the newest that is whole
     path, manifest = same_run(args, *broadcast_object_list(found), settings)  # the same on all ranks
     return path, manifest, path == args.output_dir  # a path: there is something to go on from
 
@@ -971,7 +972,7 @@ def flops_per_token(config, parameters, length):  # for MFU, the share of the de
     heads = config.num_attention_heads  # 4
     width = heads * getattr(config, "head_dim", config.hidden_size // heads)  # 4 × 256: all heads' queries side by side
     for kind in getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers:  # 15 and 3
-        seen = min(length, config.sliding_window or length) if kind == "sliding_attention" else length  # at most
+        seen = min(length, config.sliding_window or length) if kind == "sliding_attention" else length  # keys
         attention += 12 * width * (seen - seen * (seen - 1) / 2 / length)  # causal: the mean of min(position, seen)
     return 6 * (parameters - tied) + attention  # 1.73e9 for Gemma 3 270M at 2,048
 
@@ -1003,7 +1004,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
     length = len(train[0]["input_ids"]) if train is not None else 0  # tokens per chunk
-    flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length or 1)  # a token
+    flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length or 1)  # 1.7e9
     peak = peak_flops(training_args)  # None on a CPU
     output_dir, past = training_args.output_dir, facts["progress"]  # past: what earlier calls of this run did
     staging = os.path.join(output_dir, ".staging")  # where checkpoints are made: on the same file system
@@ -1037,7 +1038,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 if torch.cuda.is_available():  # then the GPU's is the one that matters
                     memory = torch.cuda.max_memory_allocated()  # of this process's GPU
                 logs |= {"tokens_per_second": round(speed), "tokens_seen": tokens,  # on console and progress bar, …
-                         "peak_memory_gb": round(memory / 1e9, 2), "minutes_left": round(minutes, 1)}  # … curves
+                         "peak_memory_gb": round(memory / 1e9, 2), "minutes_left": round(minutes, 1)}  # … TensorBoard
                 if peak:  # a known GPU
                     logs["mfu"] = round(speed * flops / peak, 3)  # of what banner() names
                 self.lately = now, tokens  # the next line begins here
@@ -1056,9 +1057,10 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             if control.should_log or control.should_save or control.should_training_stop:  # moments that wait anyway
                 first = int(self.accelerator.gather(self.bad_step).max())  # the same on all ranks: all stop together
                 if first:  # the weights are spoilt from this step on
-                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and "  # where
-                         "nothing was saved after it. Usual causes: a --learning_rate too high, --fp16, a broken "  # or
-                         "model. Change that, and start with another --output_dir", status=1)  # it stays so
+                    causes = "a --learning_rate too high, --fp16, a broken model"  # the likeliest first
+                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and nothing "  # …
+                         f"was saved after it. Usual causes: {causes}. Change that, and start with another "  # …
+                         "--output_dir", status=1)  # going on from the last checkpoint would end the same way
             start = time.time()  # evaluations and saves shall not count as slow training
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # as the Trainer does
             spent = time.time() - max(start, self.lately[0])  # the log line, if any, came before them
@@ -1317,8 +1319,9 @@ def main(argv=None):  # the table of contents
         model = load_model(folder, tokenizer, args.use_flash_attention)  # trained: nothing is left for the Trainer
     try:  # parts that are asked for by a flag and not there
         trainer = make_trainer(model, tokenizer, training_args, train, validation, stop, facts)  # on the device
-    except (ImportError, RuntimeError, ValueError) as error:  # --report_to mlflow, --optim adamw_8bit, …
-        fail(f"the Trainer cannot be set up: {' '.join(str(error).split())}")  # its own words, on one line
+    except Exception as error:  # --report_to mlflow without mlflow, --push_to_hub without a network, …
+        words = " ".join(str(error).split())  # its own words, on one line
+        fail(f"the Trainer cannot be set up ({type(error).__name__}): {words}")  # a flag asks for what is not there
     banner(args, training_args, model, train, validation)  # the plan, before the first step
     if checkpoint:  # the same command again
         say(f"Going on from {checkpoint}, step {past['step']:,} of {past['max_steps']:,}.")  # how far it had come
