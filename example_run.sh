@@ -278,7 +278,7 @@ quickstart() {  # the whole way, for two cores and no GPU
         echo "${before[*]}" >"$noted"  # last: a measurement that was stopped is done again
     fi
 
-    step 5 "Fine-tuning: 16 steps, minutes on two cores"  # shorter than the default save_steps: Ctrl-C starts it anew
+    step 5 "Fine-tuning: 16 steps, minutes on two cores"  # Ctrl-C saves a checkpoint, and the next run goes on from it
     local training=(  # the fine-tuning, and the second measurement at its end
         "$python" main.py --model_name_or_path quickstart/gemma-3-270m  # always from the base model on
         --train_file quickstart/train.jsonl  # about 100,000 tokens, of which 16 steps see a sixth

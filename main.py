@@ -1058,9 +1058,9 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 first = int(self.accelerator.gather(self.bad_step).max())  # the same on all ranks: all stop together
                 if first:  # the weights are spoilt from this step on
                     causes = "a --learning_rate too high, --fp16, a broken model"  # the likeliest first
-                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and nothing "  # …
-                         f"was saved after it. Usual causes: {causes}. Change that, and start with another "  # …
-                         "--output_dir", status=1)  # going on from the last checkpoint would end the same way
+                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and "  # which
+                         f"nothing was saved after it. Usual causes: {causes}. Change that, and start with "  # why
+                         "another --output_dir", status=1)  # going on from the last checkpoint would end the same way
             start = time.time()  # evaluations and saves shall not count as slow training
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # as the Trainer does
             spent = time.time() - max(start, self.lately[0])  # the log line, if any, came before them

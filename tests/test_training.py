@@ -367,3 +367,20 @@ def test_the_script_runs_as_a_user_starts_it(tiny, tmp_path, texts):
     done = launch(*command(tiny, texts, "./outputs", "--max_steps", 1), cwd=tmp_path)
     assert done.status == 0, done.err
     assert (tmp_path / "outputs" / "model.safetensors").exists() and "Traceback" not in done.err
+
+
+def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(tiny, tmp_path, texts):
+    """B10: the sentence names the step; no checkpoint and no model is left."""
+    done = run(*command(tiny, texts, tmp_path / "out", "--learning_rate", 1e38, "--save_steps", 1, "--warmup_steps", 0))
+    assert done.status == 1 and "of step 2 is not a finite number" in done.err and "Traceback" not in done.err, done.err
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_the_log_line_tells_speed_memory_and_time_left(finished):
+    """F17: tokens seen are those of the steps made so far; time left runs out."""
+    output, _, _, _ = finished
+    rows = [row for row in logged(output) if "loss" in row]
+    assert all(row["tokens_per_second"] > 0 and 0 < row["peak_memory_gb"] < 24 for row in rows)
+    seen = [row["tokens_seen"] for row in rows]
+    assert seen == sorted(seen) and seen[0] == 32 * 64 and rows[-1]["minutes_left"] == 0
