@@ -198,6 +198,7 @@ def parse_args(argv=None):  # the whole command line
             fail(f"unknown flag --{name}{nearest('--' + name, known)}; see python main.py --help")  # a slip of a letter
     if extra and not extra[0].startswith("--"):  # a word on its own, such as a file name or "--bf16 true"
         fail(f"{extra[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # both slips
+    args.given = {text[2:].partition("=")[0] for text in argv if text.startswith("--")}  # flags that were typed
     args.trainer_argv = extra  # HfArgumentParser checks their values once it is imported
     check_args(args)  # paths and combinations: everything that can be found wrong without torch
     return args  # from here on the call is known to be sensible
@@ -1000,6 +1001,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
     import torch  # numbers on the device
     import torch.distributed as dist  # other processes
+    from torch.nn.functional import cross_entropy  # mean of −log p(next token), over the tokens of a chunk
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback  # batches; the loop; its events
 
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
@@ -1044,9 +1046,26 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 self.lately = now, tokens  # the next line begins here
             super().log(logs, *rest)  # to everybody who wants to know
 
+        def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # in evaluations
+            """Return (None, losses, losses), float32 of shape (batch,): one of each chunk, so that each counts once.
+
+            The Trainer's own mean over a batch counts those chunks twice that fill up the last batch of many processes.
+            """
+            chunks = self._prepare_inputs(inputs)["input_ids"]  # (batch, max_seq_length), on the device
+            with torch.no_grad(), self.compute_loss_context_manager():  # autocast
+                logits = model(input_ids=chunks).logits  # (batch, max_seq_length, vocabulary)
+            pairs = zip(logits, chunks, strict=True)  # one chunk at a time: float32 logits of one are 2.1 GB
+            losses = torch.stack([cross_entropy(scores[:-1].float(), ids[1:]) for scores, ids in pairs])  # next tokens
+            return None, losses, losses  # predictions and labels: gathered over the ranks, the repeated ones dropped
+
         def tokens_seen(self):  # since the first step of the run
             """Return the tokens trained on so far by all processes, those of earlier calls included."""
-            return round((self.state.epoch or 0) * len(train)) * length  # whole chunks
+            epochs, part = divmod(self.state.epoch or 0, 1)  # whole passes, and how far this one is
+            batch = self.args.train_batch_size * self.args.world_size  # chunks in one forward pass of all processes
+            rounding = math.floor if self.args.dataloader_drop_last else math.ceil  # is a short last batch trained on?
+            batches = rounding(len(train) / batch)  # forward passes in an epoch
+            an_epoch, now = min(batches * batch, len(train)), min(round(part * batches) * batch, len(train))  # chunks
+            return int(epochs * an_epoch + now) * length  # every chunk is full
 
         def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *rest, **named):  # after every step
             """Stop at a loss or gradient that is no number, before a log line hides it or a checkpoint keeps it."""
@@ -1160,6 +1179,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         data_collator=collate,  # chunks → batches
         processing_class=tokenizer,  # saved beside every checkpoint and the final model
         callbacks=[Keeper()],  # after the Trainer's own
+        compute_metrics=lambda seen: {"loss": seen.predictions.mean()},  # all chunks have as many tokens: a plain mean
     )
     if "tensorboard" in training_args.report_to and training_args.process_index == 0:  # the others write nothing
         from torch.utils.tensorboard import SummaryWriter  # event files
@@ -1167,7 +1187,8 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
         runs = os.path.join(output_dir, "runs")  # one folder, one curve
         trainer.remove_callback(TensorBoardCallback)  # instead of it:
-        writer = SummaryWriter(runs, purge_step=past["step"] + 1 if past else 0)  # hides steps that are made again
+        first = None if train is None else past.get("step", -1) + 1  # the first step to come; --do_eval makes none
+        writer = SummaryWriter(runs, purge_step=first)  # TensorBoard hides what an earlier call wrote from there on
         trainer.add_callback(TensorBoardCallback(writer))  # flushes after every line
     return trainer  # ready to train or to evaluate
 
@@ -1200,9 +1221,8 @@ def banner(args, training_args, model, train, validation):  # read it before a n
             f"steps    {steps:,} ({steps / epoch:.3g} epochs), "  # of the optimizer
             f"learning rate {training_args.learning_rate:g}, warm-up {warmup:,} steps",  # how long
         )
-        if warmup >= steps:  # the default of 500 is made for long runs
-            say(f"note     the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} of "  # of the peak
-                f"the learning rate; lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth
+        for note in odd_plans(args, len(train), batch, total, steps, warmup, validation):  # none for most runs
+            say(f"note     {note}")  # before the night, not after it
         each = 12 * parameters  # bytes of a checkpoint: float32 weights and Adam's two moments
         there = len(glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")))  # of an earlier call
         free, needed = shutil.disk_usage(args.output_dir).free, (args.save_total_limit + 1 - there) * each  # bytes
@@ -1210,6 +1230,29 @@ def banner(args, training_args, model, train, validation):  # read it before a n
             say(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in {args.output_dir}, where "  # figures
                 f"{free / 1e9:.2g} GB are free: make space or lower --save_total_limit")  # two remedies
     say(f"output   {args.output_dir} (tensorboard --logdir {os.path.join(args.output_dir, 'runs')})")  # where to look
+
+
+def odd_plans(args, chunks, batch, total, steps, warmup, validation):  # allowed, but seldom meant
+    """Yield a sentence for each oddity of the plan.
+
+    Args: chunks (int): in the training data. batch, total (int): chunks in a forward pass of all processes, and in an
+        optimizer step. steps, warmup (int): of the optimizer.
+    """
+    if warmup >= steps:  # the default of 500 is made for long runs
+        yield (f"the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} of the learning rate; "  # …
+               f"lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth is usual
+    if chunks < total:  # a handful of texts and the default accumulation
+        fewer = max(1, chunks // batch)  # what the data fills
+        yield (f"all {chunks:,} chunks make less than one step of {total:,}: lower "  # more steps learn more
+               f"--gradient_accumulation_steps to {fewer} for a full one")  # or less than that
+    elif chunks % total:  # nearly always; worth knowing when epochs are short
+        yield f"the last step of each epoch has {chunks % total:,} of {total:,} chunks"  # its mean is over fewer
+    if batch > args.per_device_train_batch_size and chunks % batch:  # all processes must make the same forward passes
+        yield f"{batch - chunks % batch:,} chunks are trained on twice an epoch, to give every process as many"  # few
+    if validation is None and "eval_steps" in args.given:  # a flag that has no effect
+        yield "--eval_steps has no effect without validation data: give --validation_file"  # or leave it out
+    if not 1e-6 <= args.learning_rate <= 1e-3:  # full fine-tuning of a model this small
+        yield f"--learning_rate {args.learning_rate:g} is unusual: this model takes about 1e-5 to 1e-4"  # 2e-5
 
 
 def count_steps(chunks, batch, training_args):  # known before the Trainer starts

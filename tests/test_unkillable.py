@@ -320,6 +320,9 @@ def test_the_logs_of_a_killed_run_join_up(stepwise, servers, plain, tmp_path):
     assert events(output / "runs")["train/loss"] == expected and [step for step, _ in expected] == [1, 2, 3, 4]
     history = json.loads((output / "checkpoint-4/trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4]
+    text = ["--validation_file", plain[0][3], "--max_seq_length", 64]
+    done = run(*plain[0][:2], "--do_eval", *text, "--output_dir", output)
+    assert done.status == 0 and events(output / "runs")["train/loss"] == expected  # not hidden by an evaluation
     mine, whole = (json.loads((place / "train_results.json").read_text()) for place in (output, stepwise[1]))
     assert mine["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
 
