@@ -1185,7 +1185,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         from torch.utils.tensorboard import SummaryWriter  # event files
         from transformers.integrations import TensorBoardCallback  # the Trainer has added one without purge_step
 
-        runs = os.path.join(output_dir, "runs")  # one folder, one curve
+        runs = os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(output_dir, "runs")  # one folder, one curve
         trainer.remove_callback(TensorBoardCallback)  # instead of it:
         first = None if train is None else past.get("step", -1) + 1  # the first step to come; --do_eval makes none
         writer = SummaryWriter(runs, purge_step=first)  # TensorBoard hides what an earlier call wrote from there on
