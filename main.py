@@ -1267,9 +1267,12 @@ def count_steps(chunks, batch, training_args):  # known before the Trainer start
     return training_args.max_steps if training_args.max_steps > 0 else planned, epoch  # --max_steps overrides epochs
 
 
-def evaluate_and_save(trainer):  # --do_eval, and the end of every training with validation data
-    """Evaluate on the validation data and save loss and perplexity to eval_results.json and all_results.json."""
-    metrics = trainer.evaluate()  # the mean loss over all tokens of all processes
+def evaluate_and_save(trainer, known=None):  # --do_eval, and the end of every training with validation data
+    """Save loss and perplexity on the validation data to eval_results.json and all_results.json.
+
+    Args: known (dict or None): metrics of this very model, from training's last step; None evaluates it now.
+    """
+    metrics = known or trainer.evaluate()  # the mean loss over all chunks of all processes
     metrics["perplexity"] = metrics.pop("eval_perplexity")  # the name under which transformers' scripts save it
     save_metrics(trainer, "eval", metrics)  # eval_results.json, and joined to train's in all_results.json
 
@@ -1310,7 +1313,10 @@ def train_and_save(trainer, checkpoint, facts):  # the night
             if name != "manifest.json":  # waits for the metrics
                 os.replace(os.path.join(staging, name), os.path.join(output_dir, name))  # whole or absent
     if trainer.eval_dataset is not None:  # held-out text says whether it learnt or memorized
-        evaluate_and_save(trainer)  # loss and perplexity
+        rows = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]  # the last one in training
+        best = trainer.args.load_best_model_at_end  # then the model is no longer that of the last step
+        same = rows and rows[0]["step"] == trainer.state.global_step and not best  # nothing new to measure
+        evaluate_and_save(trainer, {**rows[0]} if same else None)  # loss and perplexity
     save_metrics(trainer, "train", metrics)  # train_results.json and all_results.json
     if trainer.args.should_save:  # rank 0
         os.replace(os.path.join(staging, "manifest.json"), os.path.join(output_dir, "manifest.json"))  # finished
