@@ -35,8 +35,8 @@ GPUS=$GPUS TOTAL_GPUS=$TOTAL_GPUS OUTPUT_DIR=$OUTPUT_DIR
 OUTPUT_DIR must be on storage that all machines share. Without flags wikitext-2 is trained; flags replace that.
 By hand, with R the rank of the machine:
 
-  CUDA_VISIBLE_DEVICES=$GPUS accelerate launch --num_machines $NUM_MACHINES --num_processes $TOTAL_GPUS --machine_rank R \\
-      --main_process_ip $MAIN_NODE_IP --main_process_port $MAIN_PORT --multi_gpu \\
+  CUDA_VISIBLE_DEVICES=$GPUS accelerate launch --num_machines $NUM_MACHINES \\
+      --num_processes $TOTAL_GPUS --machine_rank R --main_process_ip $MAIN_NODE_IP --main_process_port $MAIN_PORT --multi_gpu \\
       main.py ${training[*]} --output_dir $OUTPUT_DIR
 TEXT
 }
@@ -63,7 +63,7 @@ launch() {  # this machine's part of the training
     export CUDA_VISIBLE_DEVICES=$GPUS  # the processes see them as 0, 1, …; without GPUs they train on the CPU
     if ((NUM_MACHINES > 1)) && [ -z "${GLOO_SOCKET_IFNAME:-}" ] && command -v ip >/dev/null; then  # for gloo, on CPUs
         # Gloo would take the interface of the host name, which often is the loopback that no other machine reaches.
-        GLOO_SOCKET_IFNAME=$(ip -o route get "$MAIN_NODE_IP" | sed -n 's/.* dev \([^ ]*\).*/\1/p')  # towards the main node
+        GLOO_SOCKET_IFNAME=$(ip -o route get "$MAIN_NODE_IP" | sed -n 's/.* dev \([^ ]*\).*/\1/p')  # towards it
         export GLOO_SOCKET_IFNAME  # such as eth0; lo on the main node itself is put right below
         [ "$GLOO_SOCKET_IFNAME" != lo ] || [[ $MAIN_NODE_IP == 127.* ]] ||  # its own address is routed over loopback
             GLOO_SOCKET_IFNAME=$(ip -o -4 addr show to "$MAIN_NODE_IP" | awk '{print $2; exit}')  # whose address it is
@@ -73,7 +73,7 @@ launch() {  # this machine's part of the training
         exec python "$here/main.py" "${training[@]}" --output_dir "$OUTPUT_DIR"  # no shell stays in between
     fi
     local machines=(  # how the processes find each other
-        --num_machines "$NUM_MACHINES" --num_processes "$TOTAL_GPUS" --machine_rank "$rank"  # the total, not per machine
+        --num_machines "$NUM_MACHINES" --num_processes "$TOTAL_GPUS" --machine_rank "$rank"  # all of them
         --main_process_ip "$MAIN_NODE_IP" --main_process_port "$MAIN_PORT"  # where all meet
         --multi_gpu --mixed_precision no  # also without GPUS; main.py's own --bf16 decides
     )
