@@ -36,8 +36,8 @@ OUTPUT_DIR must be on storage that all machines share. Without flags wikitext-2 
 By hand, with R the rank of the machine:
 
   CUDA_VISIBLE_DEVICES=$GPUS accelerate launch --num_machines $NUM_MACHINES \\
-      --num_processes $TOTAL_GPUS --machine_rank R --main_process_ip $MAIN_NODE_IP --main_process_port $MAIN_PORT --multi_gpu \\
-      main.py ${training[*]} --output_dir $OUTPUT_DIR
+      --num_processes $TOTAL_GPUS --machine_rank R --main_process_ip $MAIN_NODE_IP --main_process_port $MAIN_PORT \\
+      --multi_gpu main.py ${training[*]} --output_dir $OUTPUT_DIR
 TEXT
 }
 
