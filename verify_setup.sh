@@ -91,21 +91,22 @@ SETTINGS = os.environ  # the shell above has filled in the defaults
 SEVERAL = SETTINGS["SEVERAL"] == "yes"  # several machines: the network must be right
 GIGABYTE = 1_000_000_000  # as makers of disks and GPUs count
 CHECKPOINT = 3.2 * GIGABYTE  # float32 weights and Adam's two moments of 268 million parameters
-NETWORK_STORAGE = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "gluster", "sshfs", "9p", "virtiofs",  # …
-                   "afs", "ocfs2", "gfs2", "orangefs", "pvfs", "weka", "panfs", "daos", "quobyte", "juicefs")  # shared
+NETWORK_STORAGE = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "gluster", "sshfs", "9p",  # parts of …
+                   "virtiofs", "afs", "ocfs2", "gfs2", "orangefs", "pvfs", "weka", "panfs", "daos", "juicefs")  # … names
 COLOURS = {"PASS": "\033[32m", "WARN": "\033[33m", "FAIL": "\033[31m"}  # green, yellow, red
 results = []  # what was reported so far, in order
 
 
 def report(status, name, found, remedy=""):  # every result goes through here
     """Note and print the one line of a check. status (str): PASS, WARN or FAIL; remedy (str): what to do, or empty."""
-    row = {"status": status, "name": name, "found": " ".join(found.split()), "remedy": " ".join(remedy.split())}  # line
+    found, remedy = (" ".join(text.split()) for text in (found, remedy))  # on one line
+    row = {"status": status, "name": name, "found": found, "remedy": remedy}  # as --json shows it
     results.append(row)  # for the summary, the exit status and --json
     if SETTINGS["FORMAT"] == "lines":  # at once: some checks take seconds
-        colour = sys.stdout.isatty() and not SETTINGS.get("NO_COLOR") and SETTINGS.get("TERM") != "dumb"  # terminal?
+        colour = sys.stdout.isatty() and not SETTINGS.get("NO_COLOR") and SETTINGS.get("TERM") != "dumb"  # no-color.org
         start, end = (COLOURS[status], "\033[0m") if colour else ("", "")  # log files stay plain
-        remedy = f" -> {row['remedy']}" if remedy else ""  # behind an arrow
-        print(f"{start}{status}{end}  {name:<18} {row['found']}{remedy}", flush=True)  # columns line up
+        arrow = f" -> {remedy}" if remedy else ""  # what to do
+        print(f"{start}{status}{end}  {name:<18} {found}{arrow}", flush=True)  # columns line up
 
 
 def attempt(check, *args):  # a check that breaks must not hide the others
@@ -113,8 +114,8 @@ def attempt(check, *args):  # a check that breaks must not hide the others
     try:  # libraries of any version, odd systems
         return check(*args)  # most checks only report
     except Exception as error:  # none that is foreseen
-        report("FAIL", check.__name__, f"the check itself broke: {type(error).__name__}: {error}",  # for a bug report
-               "mend that, or skip this line if you know better")  # the rest goes on
+        report("FAIL", check.__name__, f"the check itself broke: {type(error).__name__}: {error}",  # its own words
+               "mend that, or judge this point yourself")  # the other checks go on
 
 
 def within(seconds, function, *args):  # names and hubs may never answer
@@ -142,13 +143,13 @@ def output_of(*command):  # ip, df, nvidia-smi
     try:  # none of them is on every machine
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()  # as text
     except (OSError, subprocess.SubprocessError):  # missing; failed or hung
-        return ""  # "not known"
+        return ""  # the caller has another way, or says "unknown"
 
 
 def install(what="requirements"):  # the remedy for packages
-    """Return the pip command for all requirements, or for what is given, with the pip of the Python that was checked."""
+    """Return the pip command for requirements.txt, or for what is given, with the pip of the Python checked."""
     path = os.path.join(SETTINGS["HERE"], "requirements.txt")  # beside this script
-    path = "requirements.txt" if os.path.realpath(".") == os.path.realpath(SETTINGS["HERE"]) else path  # short there
+    path = "requirements.txt" if os.path.realpath(".") == os.path.realpath(SETTINGS["HERE"]) else path  # short
     return f"{SETTINGS['PIP']} install {f'-r {path}' if what == 'requirements' else what}"  # can be pasted
 
 
@@ -175,10 +176,10 @@ def pytorch():  # the one package that is really loaded
 
 def cuda(torch):  # driver, toolkit, devices
     """Report CUDA and the GPUs of this machine. Returns: how many PyTorch can use."""
-    listed = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")  # line a GPU
+    listed = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")  # per GPU
     listed = [line for line in listed if line]  # none: no driver, or no GPU
     if SETTINGS.get("CUDA_VISIBLE_DEVICES") == "":  # set and empty hides all GPUs on purpose
-        report("WARN", "CUDA", "CUDA_VISIBLE_DEVICES is empty: GPUs are hidden, training runs on the CPU",  # on purpose?
+        report("WARN", "CUDA", "CUDA_VISIBLE_DEVICES is empty: GPUs are hidden and the CPU trains",  # by the caller
                "unset CUDA_VISIBLE_DEVICES, if there are any")  # multinode_train.sh sets it to GPUS
         return 0  # none to look at
     SETTINGS.pop("CUDA_VISIBLE_DEVICES", None)  # numbers of GPUS count all GPUs, as in multinode_train.sh
@@ -186,17 +187,18 @@ def cuda(torch):  # driver, toolkit, devices
         driver = f", driver {listed[0]}" if listed else ""  # nvidia-smi is not in every container
         report("PASS", "CUDA", f"{torch.version.cuda}{driver}")  # the version torch was built for
         count = torch.cuda.device_count()  # all there are
-        sizes = [torch.cuda.get_device_properties(index) for index in range(count)]  # names and memory
-        names = [f"{index}: {gpu.name} ({gpu.total_memory / GIGABYTE:.0f} GB)" for index, gpu in enumerate(sizes)]  # …
+        gpus = [torch.cuda.get_device_properties(index) for index in range(count)]  # names and memory
+        names = [f"{index}: {gpu.name} ({gpu.total_memory / GIGABYTE:.0f} GB)" for index, gpu in enumerate(gpus)]  # all
         report("PASS", "GPUs", f"{count}, {', '.join(names)}")  # as GPUS numbers them
-        return count  # at least one
+        return count  # GPUS may choose among these
     if listed:  # the driver sees GPUs which torch cannot use: training would silently take the CPU
-        reason = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"  # which
-        report("FAIL", "CUDA", f"PyTorch cannot use the {len(listed)} GPUs: it {reason}, the driver is {listed[0]}",  # …
+        reason = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"  # pip's
+        found = f"PyTorch cannot use the {len(listed)} GPUs here: it {reason}, the driver is {listed[0]}"  # both sides
+        report("FAIL", "CUDA", found,  # one of the two has to change
                "install the build of torch for this driver: https://pytorch.org/get-started/locally")  # or a new driver
     else:  # a laptop, a CPU server
         report("WARN", "CUDA", "not available (nvidia-smi lists no GPU)",  # for a GPU machine this is the wrong answer
-               "if there is a GPU, install its driver; without one training works on the CPU, slowly")  # both cases
+               "if there is a GPU, install its driver; without one training works on the CPU, slowly")  # we cannot know
     report("WARN", "GPUs", "none that PyTorch can use: training works on the CPU, slowly")  # minutes become hours
     return 0  # the CPU trains
 
@@ -208,7 +210,7 @@ def packages():  # what was tested is what is pinned
         from packaging.version import Version  # compares 5.10 and 5.9 as numbers
     except ImportError:  # … and inside pip, on a bare machine
         from pip._vendor.packaging.requirements import Requirement  # the same code
-        from pip._vendor.packaging.version import Version  # likewise
+        from pip._vendor.packaging.version import Version  # the same
 
     with open(os.path.join(SETTINGS["HERE"], "requirements.txt"), encoding="utf-8") as file:  # beside this script
         lines = [line.partition("#")[0].strip() for line in file]  # without comments
@@ -221,16 +223,16 @@ def packages():  # what was tested is what is pinned
         if wanted.specifier.contains(have, prereleases=True):  # 2.13.0+cpu is a 2.13.0
             report("PASS", wanted.name, f"{have}, as requirements.txt asks: {wanted.specifier}")  # tested together
             continue  # with the next one
-        older = Version(have) < min(Version(part.version) for part in wanted.specifier)  # or newer?
-        report("FAIL" if older else "WARN", wanted.name,  # main.py relies on details of these versions
-               f"{have} is {'older' if older else 'newer'} than what was tested: {wanted.specifier}", install())  # pin
+        older = Version(have) < min(Version(part.version) for part in wanted.specifier)  # lacks what main.py relies on
+        found = f"{have} is {'older' if older else 'newer'} than what was tested: {wanted.specifier}"  # the pin
+        report("FAIL" if older else "WARN", wanted.name, found, install())  # a newer one may work
 
 
 def flash_attention():  # optional: absent is fine
     """Report whether flash-attn is installed and can be imported."""
     command = install("flash-attn --no-build-isolation")  # built from source: after torch
     if importlib.util.find_spec("flash_attn") is None:  # the usual case
-        report("PASS", "flash-attn", "not installed; only --use_flash_attention needs it", command)  # optional
+        report("PASS", "flash-attn", "not installed; only --use_flash_attention needs it", command)  # half an hour
         return  # nothing to import
     try:  # built for another torch it fails here, not in the night
         import flash_attn  # its CUDA part is loaded, too
@@ -245,9 +247,9 @@ def launcher():  # several processes are started by accelerate
     """Report whether the command accelerate is found."""
     path = shutil.which("accelerate")  # with .venv/bin in front, as in multinode_train.sh
     if path:  # on the PATH
-        report("PASS", "accelerate launch", path)  # which one
+        report("PASS", "accelerate launch", path)  # perhaps of another Python
     else:  # installed into an environment that is not active, or not at all
-        report("FAIL" if SEVERAL else "WARN", "accelerate launch", "the command accelerate is not on the PATH",  # …
+        report("FAIL" if SEVERAL else "WARN", "accelerate launch", "the command is not on the PATH",  # to .venv/bin
                f"source .venv/bin/activate, or {install()}")  # python main.py works without it
 
 
@@ -255,41 +257,43 @@ def launcher():  # several processes are started by accelerate
 
 
 def output_directory():  # writable, roomy, shared
-    """Report whether OUTPUT_DIR can be written to, has space, and is on shared storage if several machines are meant."""
+    """Report whether OUTPUT_DIR can be written to, has space, and is seen by other machines, if several are meant."""
     other = "choose another: export OUTPUT_DIR=/path"  # the remedy that always works
     try:  # the current directory itself may be gone
         folder = os.path.abspath(os.path.expanduser(SETTINGS["OUTPUT_DIR"]))  # where main.py would write
-        place = folder  # it, or what of its path exists already
-        while not os.path.lexists(place):  # a dangling link exists and is found below
-            place = os.path.dirname(place)  # ends at / at the latest
-        within(5, try_to_write, place)  # a dead NFS server answers never
+        place = within(5, try_to_write, folder)  # a dead NFS server never answers
     except (OSError, ValueError) as error:  # no permission, read-only, full, gone, a file instead of a directory
-        owner = f"sudo chown $USER {place}, or " if isinstance(error, PermissionError) else ""  # if it is yours to take
+        owner = f"sudo mkdir -p {folder} && sudo chown $USER {folder}, or "  # if it is yours to take
+        owner = owner if isinstance(error, PermissionError) else ""  # ownership mends nothing else
         full = "make space, or " if "space" in str(error) or "quota" in str(error) else ""  # df -h shows where
         reason = getattr(error, "strerror", None) or str(error)  # "Read-only file system"
-        report("FAIL", "output directory", f"{SETTINGS['OUTPUT_DIR']} cannot be written to: {reason}",  # by this user
+        report("FAIL", "output directory", f"{SETTINGS['OUTPUT_DIR']} cannot be written to: {reason}",  # as this user
                f"{full}{owner}{other}")  # the mending first
         return  # space there is of no use
     made = "" if place == folder else f", will be made in {place}"  # nothing is made now
-    report("PASS", "output directory", f"{folder} can be written to{made}")  # as this user
+    report("PASS", "output directory", f"{folder} can be written to{made}")  # tried just now
 
     there = len(glob.glob(os.path.join(glob.escape(folder), "checkpoint-*")))  # of a run that will go on
     free, needed = shutil.disk_usage(place).free, max(1, 3 + 1 - there) * CHECKPOINT  # --save_total_limit 3 and one
-    numbers = f"{free / GIGABYTE:.1f} GB free, {needed / GIGABYTE:.1f} GB for checkpoints (3.2 GB each, 3 and one more)"
+    numbers = f"{free / GIGABYTE:.1f} GB free, {needed / GIGABYTE:.1f} GB needed for checkpoints"  # 12.8 at first
     if free >= needed:  # the oldest goes only when the newest is safe
         report("PASS", "disk space", numbers)  # enough for the defaults
-    else:  # not even one: nothing can be saved
-        report("FAIL" if free < CHECKPOINT else "WARN", "disk space", numbers,  # two are needed at the least, in the end
-               f"make space, train with --save_total_limit 1, or {other}")  # 6.4 GB then
+    else:  # the run would stop when the disk is full
+        report("FAIL" if free < CHECKPOINT else "WARN", "disk space", numbers,  # the first could not be saved
+               f"make space, train with --save_total_limit 1, or {other}")  # 6.4 GB
     shared_storage(place)  # last: it is about the other machines
 
 
-def try_to_write(place):  # asked of the system, not of the permission bits
-    """Write a megabyte to a nameless file in directory place. Raises: OSError."""
+def try_to_write(folder):  # asked of the system, not of the permission bits
+    """Write a megabyte to a nameless file in folder, or in what exists of its path. Returns: where. Raises: OSError."""
+    place = folder  # it is not made: nothing is left behind
+    while not os.path.lexists(place):  # a dangling link exists, and fails below
+        place = os.path.dirname(place)  # ends at / at the latest
     with tempfile.TemporaryFile(dir=place) as file:  # gone when closed, whatever happens
         file.write(bytes(1_000_000))  # more than a full disk has left
         file.flush()  # out of Python …
         os.fsync(file.fileno())  # … and onto the disk: quotas and NFS speak up only now
+    return place  # a directory that can be written to
 
 
 def shared_storage(place):  # one machine writes a checkpoint, all read it
@@ -297,10 +301,10 @@ def shared_storage(place):  # one machine writes a checkpoint, all read it
     kind = (output_of("df", "--output=fstype", place).split("\n")[-1]) or "unknown"  # nfs4, ext4, fuse.sshfs, …
     shared = any(word in kind for word in NETWORK_STORAGE)  # one that machines can share
     if shared or not SEVERAL:  # nothing to worry about
-        report("PASS", "shared storage", f"{kind}{'' if shared else ': seen by this machine only, which is enough'}")  # 1
+        report("PASS", "shared storage", kind if shared else f"{kind}: one machine needs none")  # nfs4, ext4, …
     else:  # rank 1 would look for checkpoints that only rank 0 has
-        report("WARN", "shared storage", f"{place} is on {kind}, which looks local: all machines must see one directory",
-               "mount shared storage there (NFS, for example), unless this machine exports it itself")  # its server
+        report("WARN", "shared storage", f"{place} is on {kind}, a local kind: all machines must see it",  # by its name
+               "mount shared storage there (NFS, for example), unless this machine exports it itself")  # the server
 
 
 # ── Network ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -310,7 +314,7 @@ def whole_number(name, low, high):  # of a setting
     """Return the setting as an int from low to high, or None after a FAIL."""
     text = SETTINGS[name]  # as it was typed
     if re.fullmatch(r"[0-9]{1,9}", text) and low <= int(text) <= high:  # digits only
-        return int(text)  # as meant
+        return int(text)  # checked
     report("FAIL", name, f"{text!r} is not a whole number from {low} to {high}", f"export {name}=NUMBER")  # a slip
     return None  # what needs it is not checked
 
@@ -321,12 +325,12 @@ def launch_settings(gpus, count):  # accelerate would silently start fewer proce
     if machines is None or total is None:  # said already
         return  # nothing to compare
     if total % machines:  # accelerate divides by itself, rounding down
-        report("FAIL", "launch settings", f"TOTAL_GPUS={total} cannot be shared evenly by {machines} machines",  # rest
+        report("FAIL", "launch settings", f"TOTAL_GPUS={total} is no multiple of NUM_MACHINES={machines}",  # a rest
                f"export TOTAL_GPUS={machines * max(1, len(gpus))}, on every machine")  # the GPUs of all
     elif count and total // machines != len(gpus):  # one process for each chosen GPU; on CPUs any number goes
         status = "FAIL" if total // machines > len(gpus) else "WARN"  # more processes than GPUs, or idle GPUs
-        report(status, "launch settings", f"TOTAL_GPUS={total} starts {total // machines} processes here, for "  # share
-               f"{len(gpus)} GPUs", f"export TOTAL_GPUS={machines * len(gpus)}, or choose other GPUS")  # either
+        report(status, "launch settings", f"TOTAL_GPUS={total} starts {total // machines} processes here for "  # each
+               f"{len(gpus)} GPUs", f"export TOTAL_GPUS={machines * len(gpus)}, or choose other GPUS")  # here
     else:  # as multinode_train.sh will launch it
         report("PASS", "launch settings", f"{machines} machines with {total // machines} processes each")  # same on all
 
@@ -339,9 +343,10 @@ def addresses():  # what the others can reach this machine by
         found = [("address", word) for word in output_of("hostname", "-I").split()]  # without the names
     text = ", ".join(f"{interface} {address}" for interface, address in found)  # eth0 10.0.0.1, …
     if found:  # the usual case
-        report("PASS", "addresses", f"{text}{'' if SEVERAL else '; on a main node, one of them is MAIN_NODE_IP'}")  # use
+        report("PASS", "addresses", text)  # the main node's is MAIN_NODE_IP on all machines
     else:  # no network, or a sandbox
-        report("WARN" if SEVERAL else "PASS", "addresses", "none but loopback: other machines cannot reach this one",
+        nothing = "none but loopback: other machines cannot reach this one"  # and it cannot reach them
+        report("WARN" if SEVERAL else "PASS", "addresses", nothing,  # no FAIL: a VPN may hide from ip
                "connect it: ip link, ip addr" if SEVERAL else "")  # one machine needs none
     return found  # for the next check
 
@@ -361,13 +366,13 @@ def host_name(found):  # gloo listens on the address of the host's name
     try:  # /etc/hosts, or a name server that is away
         resolved = within(3, socket.gethostbyname, name)  # as gloo does
     except OSError as error:  # no such name
-        report("WARN" if SEVERAL else "PASS", "host name", f"{name} resolves to no address ({error})",  # as in sandboxes
+        report("WARN" if SEVERAL else "PASS", "host name", f"{name} resolves to no address ({error})",  # a container
                remedy if SEVERAL else "")  # gloo falls back to loopback
         return  # no address to judge
     if ipaddress.ip_address(resolved).is_loopback:  # Debian writes 127.0.1.1 into /etc/hosts
-        reason = "which no other machine reaches (matters to gloo, on CPUs)" if SEVERAL else "enough for one machine"
+        reason = "which no other machine reaches (gloo needs that)" if SEVERAL else "enough for one machine"  # on CPUs
         report("WARN" if SEVERAL else "PASS", "host name", f"{name} is {resolved}, {reason}",  # hangs at the first step
-               remedy if SEVERAL else "")  # by hand
+               remedy if SEVERAL else "")  # when accelerate is called by hand
     else:  # a proper name
         report("PASS", "host name", f"{name} is {resolved}")  # what gloo tells the others
 
@@ -400,11 +405,11 @@ def main_node():  # all processes meet there
         try:  # a name is allowed, too
             address = within(3, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)[0][4][0]  # the first one
         except OSError as error:  # a slip, or no name server
-            report("FAIL", "main node", f"{host} cannot be resolved ({error})", "export MAIN_NODE_IP=ADDRESS")  # number
+            report("FAIL", "main node", f"{host} cannot be resolved ({error})", "export MAIN_NODE_IP=ADDRESS")  # rank 0
             return  # nothing to reach
         mine = is_mine(address)  # decides what is asked
         if mine and ipaddress.ip_address(address).is_loopback:  # a trial on one machine
-            report("WARN", "main node", f"{host} is loopback: other machines would look for it on themselves",  # all
+            report("WARN", "main node", f"{host} is loopback: other machines would look on themselves",  # and wait
                    "export MAIN_NODE_IP=one of the addresses above")  # unless it is a trial
         elif mine:  # rank 0 belongs here
             report("PASS", "main node", f"{host} is this machine: start run_node0.sh here")  # and node 1 elsewhere
@@ -414,17 +419,17 @@ def main_node():  # all processes meet there
             report("PASS", "main port", f"{port} is free here")  # open it in the firewall for other machines
         except OSError as error:  # taken; below 1024 not allowed
             report("FAIL" if SEVERAL else "WARN", "main port", f"{port} cannot be used here: {error.strerror}",  # why
-                   f"ss -ltnp 'sport = :{port}' shows by whom; or export MAIN_PORT={port % 50000 + 1025}"  # another
+                   f"ss -ltnp 'sport = :{port}' shows by whom; or export MAIN_PORT={port % 50000 + 1025}"  # any will do
                    f"{', on every machine' if SEVERAL else ' (--main_process_port)'}")  # must be the same
         return  # nobody else to reach
     try:  # knock
         socket.create_connection((address, port), timeout=3).close()  # the launcher there does not mind
-        report("PASS", "main node", f"{host} port {port} answers: something listens there, run_node0.sh if started")
+        report("PASS", "main node", f"{host} port {port} answers: run_node0.sh, or another program")  # cannot be told
     except ConnectionRefusedError:  # the machine itself said no: it is there, and no firewall swallows the knock
-        report("PASS", "main node", f"{host} is reachable; nothing listens on port {port} yet: start run_node0.sh there")
+        report("PASS", "main node", f"{host} is reachable, nothing listens on port {port} yet")  # run_node0.sh will
     except OSError as error:  # silence, or no route
         report("FAIL", "main node", f"{host} port {port} is not reachable ({error})",  # this stops run_node1.sh
-               f"ping {host}; there, open the port: sudo ufw allow {port}/tcp; or correct MAIN_NODE_IP")  # likely first
+               f"ping {host}; there, open the port: sudo ufw allow {port}/tcp; or correct MAIN_NODE_IP")  # by turns
 
 
 # ── Model ────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -438,7 +443,8 @@ def model():  # a directory, or a gated repository of the hub
                  "tokenizer": ["tokenizer.json", "tokenizer.model"]}  # … consists of
         lacks = [part for part, names in parts.items() if not any(  # the parts without any file
             glob.glob(os.path.join(glob.escape(name), pattern)) for pattern in names)]  # of these names
-        report("FAIL" if lacks else "PASS", "model directory", f"{name} {'lacks ' + ', '.join(lacks) if lacks else ''}",
+        found = f"{name} lacks {', '.join(lacks)}" if lacks else name  # all that is missing at once
+        report("FAIL" if lacks else "PASS", "model directory", found,  # main.py takes it as it is
                "copy the whole model: hf download google/gemma-3-270m --local-dir NEW" if lacks else "")  # all files
         return  # no hub, no token
     if os.path.exists(name) or name.startswith(("/", "./", "../")):  # meant as a path: no hub has such a name
@@ -467,11 +473,12 @@ def hub_model(name):  # is it here, may we fetch it?
     token = hub.get_token()  # of HF_TOKEN, or of hf auth login
     if offline:  # only the cache counts
         report("PASS" if cached else "FAIL", "model access", "HF_HUB_OFFLINE is set: "  # why the hub is not asked
-               f"{'the cache is used' if cached else 'the hub is not asked and the cache lacks the model'}",  # so
-               "" if cached else "unset HF_HUB_OFFLINE for the first run, or give a local directory: --model DIR")  # 1
+               f"{'the cache is used' if cached else 'the hub is not asked and the cache lacks the model'}",  # then
+               "" if cached else "unset HF_HUB_OFFLINE once, or give a local directory: --model DIR")  # to fetch it
         return  # no token needed
     try:  # the very question that from_pretrained asks first
-        within(8, lambda: hub.get_hf_file_metadata(hub.hf_hub_url(name, "config.json"), timeout=3))  # gated like weights
+        url = hub.hf_hub_url(name, "config.json")  # gated like the weights
+        within(8, lambda: hub.get_hf_file_metadata(url, timeout=3))  # names of hosts resolve without a timeout
     except Exception as error:  # refused, or no answer
         found, remedy = explain(hub, error, name, token)  # the missing step
         if cached:  # it still trains, without asking
@@ -480,7 +487,7 @@ def hub_model(name):  # is it here, may we fetch it?
         else:  # the run would end with this
             report("FAIL", "model access", found, remedy)  # the one next step
         return  # refused
-    report("PASS", "model access", f"the hub gives {name} {'with your token' if token else 'without a token'}")  # yes
+    report("PASS", "model access", f"the hub gives {name} {'to your token' if token else 'without a token'}")  # at once
 
 
 def explain(hub, error, name, token):  # 401, 403, 404 and silence
@@ -493,18 +500,18 @@ def explain(hub, error, name, token):  # 401, 403, 404 and silence
         return f"not logged in, and {name} is gated", f"accept the terms at {page}, then {login}"  # in this order
     if "Invalid credentials" in words or (status == 401 and token):  # revoked, expired or cut short
         source = "HF_TOKEN" if SETTINGS.get("HF_TOKEN") else "of hf auth login"  # which of the two to renew
-        return f"the hub refuses your token ({source})", f"make one at {endpoint}/settings/tokens, then {login}"  # new
+        return f"the hub refuses your token ({source})", f"make one at {endpoint}/settings/tokens, then {login}"  # both
     if gated and "fine-grained" in words:  # a good token that was given too few rights
         return ("your token has no access to gated repositories",  # though its owner may have accepted the terms
-                f"allow public gated repositories for it at {endpoint}/settings/tokens")  # a tick
+                f"allow public gated repositories for it at {endpoint}/settings/tokens")  # one box to tick
     if gated and "awaiting" in words:  # somebody has to say yes
         return f"your request for {name} waits for a review", f"see {page}"  # Google answers at once, others do not
     if gated:  # 403: logged in, not let in
         return f"logged in, but the terms of {name} are not accepted", f"accept them at {page}"  # with the same account
     if isinstance(error, hub.errors.RepositoryNotFoundError):  # a private one looks the same
-        return f"the hub knows no {name}", f"correct the name: see {page}" + ("" if token else f" (private: {login})")
+        return f"the hub knows no {name}", f"correct it: see {page}{'' if token else f' (private: {login})'}"  # a slip
     if status:  # 429, 500, …
-        return f"the hub answers with status {status}", "try again later, or give a local directory: --model DIR"  # its
+        return f"the hub answers with status {status}", "try later, or give a local directory: --model DIR"  # its fault
     return (f"no answer from {endpoint} ({type(error).__name__})",  # no network, a proxy, a firewall
             f"check the network: curl -I {endpoint}; or give a local directory: --model DIR")  # or go without
 
@@ -519,7 +526,7 @@ def worker(device, rank, world, meeting):  # in a process of its own, as in trai
     import torch  # each process loads its own
     import torch.distributed as dist  # gloo and nccl
 
-    told, place = {}, torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")  # one GPU per process
+    told, place = {}, torch.device("cuda", rank) if device == "cuda" else torch.device("cpu")  # a GPU per process
     try:  # whatever happens is told
         ones = torch.ones(256, 256, device=place)  # small: no cuBLAS workspace to speak of
         told["matmul"] = bool((ones @ ones == 256).all())  # the driver, the kernels and the arithmetic work
@@ -527,14 +534,14 @@ def worker(device, rank, world, meeting):  # in a process of its own, as in trai
             told["free"], told["total"] = torch.cuda.mem_get_info(place)  # bytes, others' use taken off
             told["bf16"] = torch.cuda.get_device_capability(place) >= (8, 0)  # in hardware since Ampere
         print(json.dumps(told), flush=True)  # kept even if the next step hangs
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", init_method=f"file://{meeting}", rank=rank,  # …
-                                world_size=world, timeout=timedelta(seconds=10))  # a file: needs no free port
+        where = {"init_method": f"file://{meeting}", "rank": rank, "world_size": world}  # a file: needs no free port
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=10), **where)  # meet
         total = torch.full((1,), rank + 1.0, device=place)  # 1, 2, 3, …
         dist.all_reduce(total)  # as gradients are added at every step
         told["sum"] = total.item()  # must be the same everywhere
         dist.destroy_process_group()  # no complaint at exit
     except Exception as error:  # told, not printed as a traceback
-        told["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error) else ''}"  # line 1
+        told["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"  # without its stack
     print(json.dumps(told), flush=True)  # the last line counts
 
 
@@ -544,7 +551,7 @@ def start_workers(device, world, visible):  # beside the other checks: loading t
     settings = {**SETTINGS, "CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": "1"}  # as the launcher sets them
     command = [sys.executable, "-c", sys.orig_argv[2], device]  # this very program
     more = [[str(rank), str(world), os.path.join(folder.name, "meeting")] for rank in range(world)]  # who is who
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}  # captured
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}  # read
     return [subprocess.Popen(command + part, env=settings, **pipes) for part in more], folder  # at the same time
 
 
@@ -559,7 +566,7 @@ def answers(processes, folder, seconds):  # one dictionary each
             process.kill()  # it will not listen to anything milder
             lines, silence = process.communicate()[0], [f"no result in {seconds} s"]  # what it had said before
         last = [json.loads(line) for line in lines.splitlines() if line.startswith("{")][-1:]  # the newest
-        told.append({**(last[0] if last else {})})  # empty if it died at once
+        told.append(last[0] if last else {})  # empty if it died at once
         if "sum" not in told[-1]:  # it did not come to the end
             told[-1].setdefault("error", silence[0])  # the reason
     folder.cleanup()  # the meeting file
@@ -570,32 +577,38 @@ def chosen_gpus(count):  # GPUS, against what there is
     """Report GPUs that were chosen and do not exist. Returns: (all chosen, those that exist), as lists of str."""
     gpus = SETTINGS["GPUS"].split(",")  # "2,3"
     if not all(re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", gpu) for gpu in gpus) or len(set(gpus)) < len(gpus):  # a slip
-        report("FAIL", "chosen GPUs", f"GPUS={SETTINGS['GPUS']!r} is no list of different GPUs", "export GPUS=0,1")  # so
+        report("FAIL", "chosen GPUs", f"GPUS={SETTINGS['GPUS']!r} is no list such as 0,1", "export GPUS=0,1")  # spaces?
         return gpus, []  # none to try
     missing = [gpu for gpu in gpus if gpu.isdigit() and int(gpu) >= count]  # counted from 0
     if count and missing:  # this machine has GPUs, but others
-        these = ",".join(map(str, range(min(count, len(gpus)))))  # as many, from the first on
-        status = "FAIL" if SETTINGS["GPUS_GIVEN"] else "WARN"  # the default 2,3 is no wish of the user's
-        report(status, "chosen GPUs", f"GPUS={SETTINGS['GPUS']}: no GPU {', '.join(missing)} among {count} here",  # from 0
-               f"export GPUS={these}")  # those there are
+        these = [str(index) for index in range(min(count, len(gpus)))]  # as many, from the first on
+        wished = SETTINGS["GPUS_GIVEN"] or SEVERAL  # else 2,3 is only the default of a script that may not be used
+        found = f"GPUS={SETTINGS['GPUS']}: there is no GPU {', '.join(missing)} among the {count} here"  # from 0 on
+        report("FAIL" if wished else "WARN", "chosen GPUs", found, f"export GPUS={','.join(these)}")  # those there are
+        if not wished:  # python main.py takes the first ones by itself
+            return these, these  # they are tried instead
     elif not count:  # multinode_train.sh trains over CPUs then
-        report("WARN", "chosen GPUs", f"GPUS={SETTINGS['GPUS']}, but no GPU can be used: the CPU trains")  # slowly
+        report("WARN", "chosen GPUs", f"GPUS={SETTINGS['GPUS']}, but no GPU can be used: the CPU trains")  # over gloo
     return gpus, [gpu for gpu in gpus if count and gpu not in missing]  # the rest is tried
 
 
 def gpu_results(gpus, told):  # what the workers found
     """Report matrix products, free memory and bf16 of the GPUs that were tried."""
-    broken = [f"{gpu}: {row.get('error', 'wrong result')}" for gpu, row in zip(gpus, told) if not row.get("matmul")]
-    report("FAIL" if broken else "PASS", "chosen GPUs", f"a matrix product fails on {'; '.join(broken)}" if broken  # bad
-           else f"{', '.join(gpus)}: each multiplied a matrix", "nvidia-smi shows their state" if broken else "")  # look
-    sound = [(gpu, row) for gpu, row in zip(gpus, told) if row.get("total")]  # those that told their memory
+    tried = list(zip(gpus, told, strict=True))  # each GPU with its worker's words
+    broken = [f"{gpu}: {row.get('error', 'wrong result')}" for gpu, row in tried if not row.get("matmul")]  # and why
+    if broken:  # in use exclusively, damaged, or too new or too old for this build of torch
+        found = f"a matrix product fails on {'; '.join(broken)}"  # all of them
+        report("FAIL", "chosen GPUs", found, "nvidia-smi shows their state")  # and who uses them
+    else:  # driver and kernels work
+        report("PASS", "chosen GPUs", f"{', '.join(gpus)}: each multiplied a matrix")  # not only listed
+    sound = [(gpu, row) for gpu, row in tried if row.get("total")]  # those that told their memory
     if not sound:  # nothing more to say
         return  # the line above says why
     least = min(row["free"] for _, row in sound)  # the fullest one limits the batch
     status = "FAIL" if least < 5 * GIGABYTE else "WARN" if least < 16 * GIGABYTE else "PASS"  # weights and Adam: 4.3 GB
-    remedy = "nvidia-smi shows who uses it; smaller --per_device_train_batch_size, --gradient_checkpointing"  # README
+    remedy = "nvidia-smi shows who uses it; smaller --per_device_train_batch_size, --gradient_checkpointing"  # first
     report(status, "GPU memory", ", ".join(  # one after the other
-        f"{gpu}: {row['free'] / GIGABYTE:.1f} of {row['total'] / GIGABYTE:.1f} GB free" for gpu, row in sound),  # each
+        f"{gpu}: {row['free'] / GIGABYTE:.1f} of {row['total'] / GIGABYTE:.1f} GB free" for gpu, row in sound),  # now
         "" if status == "PASS" else remedy)  # other programs, or a small GPU
     lacks = [gpu for gpu, row in sound if not row["bf16"]]  # before Ampere
     report("WARN" if lacks else "PASS", "bf16", f"not in hardware on {', '.join(lacks)}" if lacks else  # emulated there
@@ -609,8 +622,8 @@ def cpu_bf16():  # as example_run.sh decides
             native = "bf16" in file.read()  # avx512_bf16, amx_bf16, Arm's bf16
     except OSError:  # macOS, a sandbox
         native = False  # not known
-    report("PASS" if native else "WARN", "bf16", f"{'' if native else 'not '}in this CPU's hardware",  # either way …
-           "" if native else "leave --bf16 out on this CPU: emulated, it is slower")  # … it gives right results
+    report("PASS" if native else "WARN", "bf16", f"{'' if native else 'not '}in this CPU's hardware",  # --bf16 …
+           "" if native else "leave --bf16 out on this CPU: emulated, it is slower")  # … works either way
 
 
 def all_reduce(device, told):  # the heart of training in several processes
@@ -623,7 +636,8 @@ def all_reduce(device, told):  # the heart of training in several processes
         return  # works
     tried = {"nccl": "NCCL_DEBUG=INFO bash verify_setup.sh tells more; try export NCCL_P2P_DISABLE=1",  # GPU to GPU
              "gloo": "export GLOO_SOCKET_IFNAME=lo on one machine, the network's interface on several"}  # its address
-    report("FAIL", "all-reduce", f"{world} processes with {backend}: {errors[0] if errors else 'wrong sum'}",  # first
+    found = f"{world} processes with {backend}: {errors[0] if errors else 'wrong sum'}"  # the first error is enough
+    report("FAIL", "all-reduce", found,  # training would hang or spoil the weights
            tried[backend])  # what helps most often
 
 
@@ -635,7 +649,7 @@ def main():  # the order of the lines
     attempt(python_version)  # everything below needs one
     torch = attempt(pytorch)  # None: not installed, or broken
     count = (attempt(cuda, torch) or 0) if torch else 0  # GPUs that can be used
-    gpus, present = attempt(chosen_gpus, count) if torch else ([], [])  # as GPUS says
+    gpus, present = (torch and attempt(chosen_gpus, count)) or ([], [])  # as GPUS says
     device = "cuda" if count else "cpu"  # what the training would take
     started = None  # the workers compute while the other checks wait for networks
     if torch and (present or not count):  # something to try: the GPUs, or two processes on the CPU
@@ -689,11 +703,12 @@ fi
 export HERE PIP PATH FORMAT=$format PYTHONSAFEPATH=1  # a torch.py in the current directory is not imported
 
 if ! python=$(command -v python || command -v python3); then  # a bare machine
-    if [ "$format" = json ]; then  # the same shape as below
-        printf '{"checks": [{"status": "FAIL", "name": "Python", "found": "there is none", "remedy": "%s"}], %s}\n' \
-            "install Python 3.10 or newer" '"summary": {"PASS": 0, "WARN": 0, "FAIL": 1}, "ok": false'  # all there is
+    if [ "$format" = json ]; then  # the same shape as the program's
+        echo '{"checks": [{"status": "FAIL", "name": "Python", "found": "there is none",'  # its only check
+        echo ' "remedy": "install Python 3.10 or newer"}],'  # as in the line below
+        echo ' "summary": {"PASS": 0, "WARN": 0, "FAIL": 1}, "ok": false}'  # the rest needs Python
     else  # for people
-        echo "FAIL  Python             there is none -> install Python 3.10 or newer (apt install python3-venv)"  # first
+        echo "FAIL  Python             there is none -> install Python 3.10 or newer"  # with venv and pip
         echo "0 passed, 0 warnings, 1 failed: mend what FAILs, then run this again"  # the rest needs Python
     fi
     exit 1  # as for any FAIL

@@ -64,7 +64,7 @@ class Handler(BaseHTTPRequestHandler):
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         token = token.strip() if scheme.lower() == "bearer" else None
         try:
-            if token and token not in hub.tokens | hub.unaccepted:
+            if token and token not in hub.tokens | hub.unaccepted | hub.narrow:
                 raise HubError(401, None, "Invalid credentials in Authorization header")
             if path == "/api/whoami-v2":
                 if not token:
@@ -118,6 +118,9 @@ class Handler(BaseHTTPRequestHandler):
             return
         restricted = f"Access to {kind[:-1]} {repo_id} is restricted"
         if token:
+            if token in hub.narrow:
+                raise HubError(403, "GatedRepo", "Please enable access to public gated repositories in your "
+                                                 "fine-grained token settings to view this repository.")
             page = f"{hub.endpoint}/{'' if kind == 'models' else 'datasets/'}{repo_id}"
             raise HubError(403, "GatedRepo", f"{restricted} and you are not in the authorized list. "
                                              f"Visit {page} to ask for access.")
@@ -184,14 +187,16 @@ class Handler(BaseHTTPRequestHandler):
 class StubHub:
     """Serves `models` and `datasets` (repository id -> folder) at `.endpoint` for the length of a `with` block.
 
-    `gated` ids need a token from `tokens`; tokens in `unaccepted` are valid but their owner was not let in; any other
-    token is invalid. `aliases` maps the old id of a renamed repository to its present id. `.requests` is the list of
-    (method, path) seen so far. The folders may be edited while the hub runs.
+    `gated` ids need a token from `tokens`; tokens in `unaccepted` are valid but their owner was not let in, those in
+    `narrow` are fine-grained ones without the right to read gated repositories; any other token is invalid. `aliases`
+    maps the old id of a renamed repository to its present id. `.requests` is the list of (method, path) seen so far.
+    The folders may be edited while the hub runs.
     """
 
-    def __init__(self, models=None, datasets=None, gated=(), tokens=(), unaccepted=(), aliases=None):
+    def __init__(self, models=None, datasets=None, gated=(), tokens=(), unaccepted=(), narrow=(), aliases=None):
         self.repos = {"models": dict(models or {}), "datasets": dict(datasets or {})}
-        self.gated, self.tokens, self.unaccepted = set(gated), set(tokens), set(unaccepted)
+        self.gated, self.tokens = set(gated), set(tokens)
+        self.unaccepted, self.narrow = set(unaccepted), set(narrow)
         self.aliases = dict(aliases or {})
         self.requests = []
 

@@ -40,6 +40,11 @@ def bare_shell_lines(source):
     return bare
 
 
+def python_parts(source):
+    """The Python programs that a shell script carries: its here-documents that end with PYTHON."""
+    return re.findall(r"<<'PYTHON'.*?\n(.*?)^PYTHON$", source, re.DOTALL | re.MULTILINE)
+
+
 def test_every_line_of_the_trainer_carries_a_comment():
     """The rule of style: a comment behind every line of code, none over 120 columns."""
     source = (ROOT / "main.py").read_text()
@@ -49,9 +54,10 @@ def test_every_line_of_the_trainer_carries_a_comment():
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_every_line_of_the_shell_scripts_carries_a_comment(name):
-    """The rule of style, for the scripts that launch the trainer."""
+    """The rule of style, for the scripts around the trainer and the Python programs in them."""
     source = (ROOT / name).read_text()
     assert bare_shell_lines(source) == []
+    assert [bare_lines(part) for part in python_parts(source)] == [[]] * source.count("<<'PYTHON'")
     assert max(map(len, source.splitlines())) <= 120
 
 
@@ -59,11 +65,13 @@ def test_the_comment_checks_find_a_bare_line():
     """The two checks above can fail."""
     assert bare_lines('x = 1  # why\ny = f(  # call\n    2,\n)\n"""text"""\n') == [3]
     assert bare_shell_lines("a=1  # why\nb=2\ncat <<END  # text\nfree\nEND\nif x; then  # why\nfi\n") == [2]
+    assert [bare_lines(part) for part in python_parts("a <<'PYTHON'  # why\nx = 1\nPYTHON\n")] == [[1]]
 
 
 def test_required_files_are_there():
-    """S1 to S4, S9, S10: files at the top level; the placeholder is empty; dependencies are pinned."""
-    for name in ("main.py", "requirements.txt", "train.py", "example_run.sh", "README.md", "LICENSE", ".ci/run"):
+    """S1 to S4, S8 to S10: files at the top level; the placeholder is empty; dependencies are pinned."""
+    scripts = ("main.py", "train.py", "example_run.sh", "verify_setup.sh", ".ci/run")
+    for name in (*scripts, "requirements.txt", "README.md", "LICENSE"):
         assert (ROOT / name).is_file(), name
     assert (ROOT / "train.py").stat().st_size == 0
     needed = [line for line in (ROOT / "requirements.txt").read_text().splitlines() if line and line[0] != "#"]
