@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # Checks a machine before a training: one line a check, with the command that mends what is wrong.
 #
-#     bash verify_setup.sh                                   one machine
-#     NUM_MACHINES=2 MAIN_NODE_IP=10.0.0.1 bash verify_setup.sh   each of several machines, with the settings of its run
-#     bash verify_setup.sh --help                            settings and options
+#     bash verify_setup.sh                                        for training on this machine
+#     NUM_MACHINES=2 MAIN_NODE_IP=10.0.0.1 bash verify_setup.sh   on each of several, with the settings of the run
+#     bash verify_setup.sh --help                                 settings and options
 #
 # PASS needs nothing, WARN works but perhaps not as you mean it, FAIL will stop or spoil the training. The exit status
 # is 0 without FAIL, 1 with one, 2 for a wrong call. Nothing is installed, downloaded or left behind.
@@ -92,7 +92,7 @@ SEVERAL = SETTINGS["SEVERAL"] == "yes"  # several machines: the network must be 
 GIGABYTE = 1_000_000_000  # as makers of disks and GPUs count
 CHECKPOINT = 3.2 * GIGABYTE  # float32 weights and Adam's two moments of 268 million parameters
 NETWORK_STORAGE = ("nfs", "cifs", "smb", "lustre", "gpfs", "beegfs", "ceph", "gluster", "sshfs", "9p",  # parts of …
-                   "virtiofs", "afs", "ocfs2", "gfs2", "orangefs", "pvfs", "weka", "panfs", "daos", "juicefs")  # … names
+                   "virtiofs", "afs", "ocfs2", "gfs2", "orangefs", "pvfs", "weka", "panfs", "juicefs")  # … names
 COLOURS = {"PASS": "\033[32m", "WARN": "\033[33m", "FAIL": "\033[31m"}  # green, yellow, red
 results = []  # what was reported so far, in order
 

@@ -1,0 +1,453 @@
+"""verify_setup.sh, run as a process: what it says about machines that are ready, and about those that are not.
+
+Most runs put a torch that cannot be imported in front of the real one: that is a check of its own, and saves seconds.
+"""
+
+import json
+import os
+import pty
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
+
+import pytest
+from conftest import ROOT
+from hub import StubHub
+from test_bad_input import ORDINARY, cases
+from test_hub import GOOD, INVALID, STRANGER, free_port
+
+BIN = os.path.dirname(sys.executable)
+NARROW = {"HF_TOKEN": "hf_narrow"}
+NAMESPACE = ["unshare", "--user", "--map-root-user", "--net", "--mount", "--uts", "--fork", "--kill-child", "bash", "-c"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def served(hub, tiny):
+    """Put Gemma on the stub hub, and let it know one token more."""
+    hub.repos["models"]["google/gemma-3-270m"] = tiny
+    hub.narrow.add("hf_narrow")
+
+
+@pytest.fixture(scope="module")
+def no_torch(tmp_path_factory):
+    """Settings under which torch cannot be imported."""
+    folder = tmp_path_factory.mktemp("no-torch")
+    (folder / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    return {"PYTHONPATH": str(folder)}
+
+
+def start(*argv, env=None, cwd=None, script=ROOT / "verify_setup.sh", before=(), **pipes):
+    """Run the script behind the words of `before`. env: None as a value takes a variable away. Returns: the result."""
+    names = ("MAIN_NODE_IP", "NUM_MACHINES", "GPUS", "TOTAL_GPUS", "OUTPUT_DIR", "MODEL", "GLOO_SOCKET_IFNAME")
+    settings = {name: value for name, value in os.environ.items() if name not in names}
+    settings |= {"PATH": f"{BIN}:{os.environ['PATH']}", "MAIN_PORT": str(free_port())} | (env or {})
+    settings = {name: str(value) for name, value in settings.items() if value is not None}
+    command = [*map(str, before), shutil.which("bash"), str(script), *map(str, argv)]
+    pipes = pipes or {"capture_output": True}
+    return subprocess.run(command, env=settings, cwd=cwd, text=True, timeout=60, check=False, **pipes)
+
+
+def verify(*argv, **more):
+    """Run it with --json. Returns: status and seconds, and for each check its list of (status, found -> remedy)."""
+    began = time.monotonic()
+    done = start("--json", *argv, **more)
+    assert done.stderr == "", done.stderr
+    answer, checks = json.loads(done.stdout), {}
+    for row in answer["checks"]:
+        checks.setdefault(row["name"], []).append((row["status"], f"{row['found']} -> {row['remedy']}"))
+    statuses = [row["status"] for row in answer["checks"]]
+    assert answer["summary"] == {status: statuses.count(status) for status in ("PASS", "WARN", "FAIL")}
+    assert answer["ok"] == ("FAIL" not in statuses) and done.returncode == int("FAIL" in statuses)
+    return SimpleNamespace(status=done.returncode, seconds=time.monotonic() - began, checks=checks)
+
+
+def expect(done, name, status, *words):
+    """Assert that the last line of check `name` has this status and these words."""
+    assert name in done.checks, done.checks
+    found = done.checks[name][-1]
+    assert found[0] == status and [word for word in words if word not in found[1]] == [], found
+
+
+# ── The whole ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_ready_machine_passes_and_nothing_is_left_behind(tmp_path):
+    """C2, V1 to V6: every check has its line, none is FAIL, the status is 0; OUTPUT_DIR is not made."""
+    done = start(env=GOOD, cwd=tmp_path)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0 and done.stderr == "", done.stdout + done.stderr
+    assert "\033" not in done.stdout and lines[-1].endswith(" 0 failed: ready to train")
+    assert {line[:4] for line in lines[:-1]} <= {"PASS", "WARN"}
+    status = {line[6:25].strip(): line[:4] for line in lines[:-1]}
+    for name in ("Python", "PyTorch", "transformers", "datasets", "accelerate", "tensorboard", "accelerate launch",
+                 "output directory", "main port", "model access", "all-reduce"):  # fmt: skip
+        assert status[name] == "PASS", done.stdout
+    assert {status[name] for name in ("CUDA", "GPUs", "chosen GPUs")} == {"WARN"}
+    assert {"flash-attn", "bf16", "disk space", "shared storage", "addresses", "host name"} < set(status)
+    assert "google/gemma-270m is short for google/gemma-3-270m" in done.stdout
+    assert "2 processes with gloo agree" in done.stdout
+    assert os.listdir(tmp_path) == []
+
+
+def test_json_says_what_the_lines_say(no_torch, tmp_path):
+    """V6: the same checks in the same order, with the same words."""
+    env = no_torch | GOOD | {"MAIN_PORT": free_port(), "OUTPUT_DIR": tmp_path}
+    lines, answer = start(env=env), json.loads(start("--json", env=env).stdout)
+    wanted = [f"{row['status']}  {row['name']:<18} {row['found']}{' -> ' * bool(row['remedy'])}{row['remedy']}"
+              for row in answer["checks"]]  # fmt: skip
+    said = lines.stdout.splitlines()
+    assert [line for line in said[:-1] if "GB free" not in line] == [line for line in wanted if "GB free" not in line]
+    assert said[-1].startswith("{PASS} passed, {WARN} warnings, {FAIL} failed: ".format(**answer["summary"]))
+
+
+def test_without_torch_the_other_checks_still_run(no_torch, tmp_path):
+    """V1, V6: FAIL with the command that installs it, and the lines of all that needs no torch."""
+    done = verify(env=no_torch | GOOD | {"OUTPUT_DIR": tmp_path})
+    assert done.status == 1
+    expect(done, "PyTorch", "FAIL", "libcudart.so.13", "install -r ", "requirements.txt")
+    expect(done, "all-reduce", "WARN", "not checked")
+    for name in ("torch", "output directory", "main port", "model access"):
+        expect(done, name, "PASS")
+
+
+def test_without_python_there_is_one_line(tmp_path):
+    """V1, V6: a bare machine is told what to install, in both formats."""
+    shutil.copy(ROOT / "verify_setup.sh", tmp_path)
+    for name in ("dirname", "cat"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    bare = {"env": {"PATH": tmp_path}, "script": tmp_path / "verify_setup.sh"}
+    done = verify(**bare)
+    assert list(done.checks) == ["Python"] and done.status == 1
+    expect(done, "Python", "FAIL", "install Python 3.10")
+    done = start(**bare)
+    assert done.returncode == 1 and done.stdout.startswith("FAIL  Python ") and "1 failed" in done.stdout
+
+
+@pytest.mark.parametrize("argv", [["--jason"], ["now"], ["--model"], ["--model="]])
+def test_a_wrong_argument_is_one_sentence(argv):
+    """V6: status 2, nothing is checked."""
+    done = start(*argv)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith("verify_setup.sh: ") and "--help" in done.stderr
+
+
+def test_help_shows_the_settings_as_they_are():
+    """V6, N1: the defaults are those of multinode_train.sh; the environment changes them."""
+    one, several = start("--help"), start("--help", env={"NUM_MACHINES": 3, "GPUS": "0"})
+    assert one.returncode == 0 and "GPUS=2,3 TOTAL_GPUS=4 OUTPUT_DIR=./outputs" in one.stdout
+    assert several.returncode == 0 and "GPUS=0 TOTAL_GPUS=4 OUTPUT_DIR=/shared/outputs/gemma-270m" in several.stdout
+    assert "MAIN_NODE_IP=192.168.1.100" in several.stdout and "NUM_MACHINES=3" in several.stdout
+
+
+@pytest.mark.parametrize(("more", "coloured"), [({}, True), ({"NO_COLOR": "1"}, False), ({"TERM": "dumb"}, False)])
+def test_only_a_terminal_gets_colours(more, coloured, no_torch, tiny, tmp_path):
+    """V6: and none with NO_COLOR."""
+    own, its = pty.openpty()
+    env = {"TERM": "xterm", "MODEL": tiny, "OUTPUT_DIR": tmp_path, "NO_COLOR": None} | no_torch | more
+    start(env=env, stdout=its, stderr=its)
+    os.close(its)
+    said = b""
+    try:
+        while part := os.read(own, 65536):
+            said += part
+    except OSError:  # how Linux says that a terminal's other end is closed
+        pass
+    os.close(own)
+    assert (b"\033[32mPASS\033[0m  Python" in said) == (b"\033" in said) == coloured, said
+
+
+# ── Packages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_versions_are_compared_with_requirements(no_torch, tmp_path):
+    """V3: older or missing is FAIL, newer is WARN, each with the pip command; comments are no requirements."""
+    for name in ("verify_setup.sh", "main.py"):
+        shutil.copy(ROOT / name, tmp_path)
+    wanted = ["transformers~=99.1.0  # soon", "datasets==1.0", "no-such-package-here==1", "# accelerate==0", "torch>=1"]
+    (tmp_path / "requirements.txt").write_text("\n".join(wanted))
+    done = verify(env=no_torch, script=tmp_path / "verify_setup.sh")
+    command = f"pip install -r {tmp_path}/requirements.txt"
+    expect(done, "transformers", "FAIL", "older", "~=99.1.0", command)
+    expect(done, "datasets", "WARN", "newer", "==1.0", command)
+    expect(done, "no-such-package-here", "FAIL", "not installed", command)
+    expect(done, "torch", "PASS")
+    assert "accelerate" not in done.checks
+
+
+# ── GPUs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+FAKE_GPUS = """
+import torch, types
+cuda, device, join = torch.cuda, torch.device, torch.distributed.init_process_group
+cuda.is_available, cuda.device_count, torch.version.cuda = lambda: True, lambda: 2, "13.0"
+cuda.get_device_properties = lambda index: types.SimpleNamespace(name="NVIDIA A40", total_memory=48_000_000_000)
+cuda.mem_get_info = lambda place: (MEMORY, 48_000_000_000)
+cuda.get_device_capability = lambda place: CAPABILITY
+torch.device = lambda kind, index=0: device("cpu")
+torch.distributed.init_process_group = lambda backend, **more: join("gloo", **more)
+"""
+
+
+def gpus(tmp_path, memory=40_000_000_000, capability=(8, 6), **settings):
+    """Run it on a machine whose two A40 compute on the CPU."""
+    fake = FAKE_GPUS.replace("MEMORY", str(memory)).replace("CAPABILITY", str(capability))
+    (tmp_path / "sitecustomize.py").write_text(fake)
+    env = {"PYTHONPATH": tmp_path, "OUTPUT_DIR": tmp_path, "CUDA_VISIBLE_DEVICES": None, "HF_HUB_OFFLINE": "1"}
+    return verify(env=env | settings)
+
+
+@pytest.mark.slow
+def test_gpus_that_are_there_are_tried(tmp_path):
+    """V1, V2: names, a matrix product on each, free memory, bf16, and a sum over them; TOTAL_GPUS must fit."""
+    done = gpus(tmp_path, GPUS="0,1", NUM_MACHINES=2, TOTAL_GPUS=6, MAIN_NODE_IP="127.0.0.1")
+    expect(done, "CUDA", "PASS", "13.0")
+    expect(done, "GPUs", "PASS", "0: NVIDIA A40 (48 GB), 1: NVIDIA A40 (48 GB)")
+    expect(done, "chosen GPUs", "PASS", "0, 1: each multiplied a matrix")
+    expect(done, "GPU memory", "PASS", "1: 40.0 of 48.0 GB free")
+    expect(done, "bf16", "PASS")
+    expect(done, "all-reduce", "PASS", "2 processes with nccl")
+    expect(done, "launch settings", "FAIL", "3 processes here for 2 GPUs", "export TOTAL_GPUS=4")
+
+
+@pytest.mark.slow
+def test_gpus_that_are_not_there_fail(tmp_path):
+    """V2: the missing ones are named; those that are there are tried, and found to be full and old."""
+    done = gpus(tmp_path, memory=3_000_000_000, capability=(7, 0), GPUS="0,7")
+    (missing, tried) = done.checks["chosen GPUs"]
+    assert missing[0] == "FAIL" and "no GPU 7 among the 2 here" in missing[1] and "GPUS=0,1" in missing[1]
+    assert tried[0] == "PASS" and tried[1].startswith("0: each")
+    expect(done, "GPU memory", "FAIL", "3.0 of 48.0 GB")
+    expect(done, "bf16", "WARN", "--fp16")
+
+
+@pytest.mark.slow
+def test_the_default_choice_of_gpus_is_no_wish(tmp_path):
+    """V2: without GPUS a machine that lacks 2 and 3 gets a WARN, and the ones it has are tried."""
+    done = gpus(tmp_path)
+    missing, tried = done.checks["chosen GPUs"]
+    assert missing[0] == "WARN" and "no GPU 2, 3" in missing[1] and "export GPUS=0,1" in missing[1]
+    assert tried[0] == "PASS" and tried[1].startswith("0, 1: each")
+
+
+@pytest.mark.slow
+def test_a_gpu_that_cannot_compute_fails(tmp_path):
+    """V2, V6: its own error is shown; a list that is none is refused."""
+    fake = FAKE_GPUS.replace('torch.device = lambda kind, index=0: device("cpu")\n', "")
+    assert fake != FAKE_GPUS
+    (tmp_path / "sitecustomize.py").write_text(fake)
+    env = {"PYTHONPATH": tmp_path, "OUTPUT_DIR": tmp_path, "CUDA_VISIBLE_DEVICES": None, "HF_HUB_OFFLINE": "1"}
+    if subprocess.run([sys.executable, "-c", "import torch; assert not torch.version.cuda"], check=False).returncode:
+        pytest.skip("this build of torch may find a real GPU")
+    done = verify(env=env | {"GPUS": "1"})
+    expect(done, "chosen GPUs", "FAIL", "1: ", "not compiled with CUDA")
+    expect(done, "all-reduce", "FAIL")
+    expect(verify(env=env | {"GPUS": "0, 1"}), "chosen GPUs", "FAIL", "'0, 1'", "export GPUS=0,1")
+
+
+def test_an_all_reduce_that_cannot_work_fails(tmp_path):
+    """V5, V6: a network interface that is not there stops gloo, and the check says so in seconds."""
+    done = verify(env={"GLOO_SOCKET_IFNAME": "wlan7", "OUTPUT_DIR": tmp_path, "HF_HUB_OFFLINE": "1"})
+    expect(done, "host name", "FAIL", "wlan7", "does not exist", "export GLOO_SOCKET_IFNAME=one of lo")
+    expect(done, "all-reduce", "FAIL", "2 processes with gloo", "export GLOO_SOCKET_IFNAME=")
+    assert done.seconds < 30
+
+
+# ── Output directory ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+PLACES = {  # case: (shell commands that make "$0", before the script runs), words of the line
+    "full": (("mount -t tmpfs -o size=1m none $0; head -c 2m /dev/zero >$0/x 2>/dev/null"), "No space left", "make sp"),
+    "read-only": (("mount -t tmpfs -o ro none $0"), "Read-only file system"),
+    "a file": ("rmdir $0; touch $0", "Not a directory"),
+    "under a file": ("rmdir $0; touch $0; OUTPUT_DIR=$0/outputs", "Not a directory"),
+    "a dangling link": ("rmdir $0; ln -s /nowhere/at/all $0", "No such file"),
+    "vanished": ("cd $0; rmdir $0; OUTPUT_DIR=outputs", "No such file"),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), cases(PLACES))
+def test_an_output_directory_that_cannot_be_written_to_fails(make, words, no_torch, tiny, tmp_path):
+    """V6: full, read-only, gone or no directory: tried, with the remedy."""
+    (tmp_path / "out").mkdir()
+    env = no_torch | {"OUTPUT_DIR": tmp_path / "out", "MODEL": tiny}
+    done = start("--json", env=env, before=[*NAMESPACE, f'{make}; exec "$@"', tmp_path / "out"])
+    row = next(row for row in json.loads(done.stdout)["checks"] if row["name"] == "output directory")
+    assert row["status"] == "FAIL" and words[0] in row["found"] and "export OUTPUT_DIR=" in row["remedy"], row
+    assert all(word in row["remedy"] for word in words[1:]), row
+    assert done.returncode == 1 and "disk space" not in done.stdout
+
+
+def test_a_directory_of_somebody_else_fails(no_torch, tiny, tmp_path):
+    """V6: permissions count, also when root runs the tests; the remedy makes it one's own."""
+    (tmp_path / "out").mkdir(mode=0o555)
+    env = no_torch | {"OUTPUT_DIR": tmp_path / "out" / "run", "MODEL": tiny}
+    done = verify(env=env, before=ORDINARY)
+    expect(done, "output directory", "FAIL", "Permission denied", f"sudo chown $USER {tmp_path}/out/run", "OUTPUT_DIR=")
+
+
+def test_little_space_is_said_before_it_runs_out(no_torch, tiny, tmp_path):
+    """V6: less than a checkpoint is FAIL, less than four is WARN; nothing stays in the directory."""
+    env = no_torch | {"OUTPUT_DIR": tmp_path, "MODEL": tiny}
+    for size, status in (("2g", "FAIL"), ("5g", "WARN")):
+        script = f'mount -t tmpfs -o size={size} none "$0"; "$@"; ls -A "$0" >&2'
+        done = verify(env=env, before=[*NAMESPACE, script + "; exit $(($(wc -l <<<x)))", tmp_path])
+        expect(done, "output directory", "PASS")
+        expect(done, "disk space", status, "12.8 GB", "--save_total_limit 1")
+
+
+def test_several_machines_need_shared_storage(no_torch, tiny, tmp_path):
+    """V6, N1: a local file system is WARN for several machines, PASS for one; a network file system is PASS."""
+    env = no_torch | {"OUTPUT_DIR": tmp_path, "MODEL": tiny, "MAIN_NODE_IP": "127.0.0.1"}
+    expect(verify(env=env), "shared storage", "WARN", str(tmp_path), "NFS")
+    expect(verify(env=env | {"NUM_MACHINES": 1}), "shared storage", "PASS")
+    (tmp_path / "df").write_text("#!/bin/sh\necho Type\necho nfs4\n")
+    (tmp_path / "df").chmod(0o755)
+    expect(verify(env=env | {"PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}), "shared storage", "PASS", "nfs4")
+
+
+# ── Network ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_port_that_is_taken_is_named(no_torch, tiny, tmp_path):
+    """V5: FAIL on the main node of several machines, WARN on a single one."""
+    env = no_torch | {"OUTPUT_DIR": tmp_path, "MODEL": tiny}
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        several = verify(env=env | {"MAIN_NODE_IP": "127.0.0.1", "MAIN_PORT": port})
+        one = verify(env=env | {"MAIN_PORT": port})
+    expect(several, "main port", "FAIL", f"{port} cannot be used here: Address already in use", "ss -ltnp", "every mach")
+    expect(several, "main node", "WARN", "loopback")
+    expect(one, "main port", "WARN", "--main_process_port")
+    expect(verify(env=env | {"MAIN_NODE_IP": "127.0.0.1", "MAIN_PORT": port}), "main port", "PASS", "free")
+
+
+def test_another_main_node_is_knocked_at(no_torch, tiny, tmp_path):
+    """V5: two hosts in network namespaces: one that listens, one that does not yet, and one that is not there."""
+    script = """
+        ip link set lo up; hostname trial; echo "127.0.1.1 trial" >"$0/hosts"; mount --bind "$0/hosts" /etc/hosts
+        unshare --net sleep 60 & other="nsenter --net --target $!"
+        until [ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.02; done
+        ip link add eth0 type veth peer name peer netns $!
+        ip addr add 10.77.0.1/24 dev eth0; ip link set eth0 up
+        $other ip addr add 10.77.0.2/24 dev peer; $other ip link set peer up
+        $other python -m http.server --bind 10.77.0.2 29511 >/dev/null 2>&1 &
+        until (: </dev/tcp/10.77.0.2/29511) 2>/dev/null; do sleep 0.1; done
+        for where in 10.77.0.1:29511 10.77.0.2:29511 10.77.0.2:29512 10.77.0.3:29511 nowhere.invalid:1; do
+            MAIN_NODE_IP=${where%:*} MAIN_PORT=${where#*:} "$@" >"$0/$where"
+        done
+        kill $(jobs -p)
+    """
+    env = no_torch | {"OUTPUT_DIR": tmp_path, "MODEL": tiny}
+    start("--json", env=env, before=[*NAMESPACE, script, tmp_path])
+    wanted = {
+        "10.77.0.1:29511": ("main port", "PASS", "free"),
+        "10.77.0.2:29511": ("main node", "PASS", "answers"),
+        "10.77.0.2:29512": ("main node", "PASS", "nothing listens on port 29512 yet"),
+        "10.77.0.3:29511": ("main node", "FAIL", "not reachable"),
+        "nowhere.invalid:1": ("main node", "FAIL", "cannot be resolved"),
+    }
+    for where, (name, status, words) in wanted.items():
+        rows = {row["name"]: row for row in json.loads((tmp_path / where).read_text())["checks"]}
+        assert rows[name]["status"] == status and words in rows[name]["found"], rows[name]
+        assert ("main port" in rows) == (where == "10.77.0.1:29511")
+        assert "eth0 10.77.0.1" in rows["addresses"]["found"]
+        assert rows["host name"]["status"] == "WARN" and "127.0.1.1" in rows["host name"]["found"]
+        assert rows["host name"]["remedy"].startswith("export GLOO_SOCKET_IFNAME=eth0")
+
+
+SETTINGS = {  # case: settings, (check, words)
+    "no number of machines": ({"NUM_MACHINES": "two"}, "NUM_MACHINES", "'two'"),
+    "no port": ({"MAIN_PORT": "http"}, "MAIN_PORT", "'http'"),
+    "port out of range": ({"MAIN_PORT": "70000"}, "MAIN_PORT", "70000"),
+    "uneven": ({"NUM_MACHINES": 2, "TOTAL_GPUS": 3}, "launch settings", "TOTAL_GPUS=3"),
+}
+
+
+@pytest.mark.parametrize(("settings", "words"), cases(SETTINGS))
+def test_settings_that_do_not_fit_fail(settings, words, no_torch, tiny, tmp_path):
+    """N1, N2: what multinode_train.sh would refuse, or accelerate would take wrongly."""
+    env = no_torch | {"OUTPUT_DIR": tmp_path, "MODEL": tiny, "MAIN_NODE_IP": "127.0.0.1"} | settings
+    expect(verify(env=env), words[0], "FAIL", *words[1:])
+
+
+# ── Model ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+TERMS = "{hub}/google/gemma-3-270m"
+HUB = {  # case: (settings), status and words of the line "model access"
+    "good token": (GOOD, "PASS", "to your token"),
+    "no token": ({}, "FAIL", "not logged in", TERMS, "hf auth login"),
+    "terms not accepted": (STRANGER, "FAIL", "terms", "not accepted", TERMS),
+    "token without the right": (NARROW, "FAIL", "no access to gated", "/settings/tokens"),
+    "revoked token": (INVALID, "FAIL", "refuses your token", "HF_TOKEN", "hf auth login"),
+    "published name": (GOOD | {"MODEL": "google/gemma-3-270m"}, "PASS", "google/gemma-3-270m"),
+    "unknown name": (GOOD | {"MODEL": "test/nowhere"}, "FAIL", "knows no test/nowhere"),
+    "unknown name, no token": ({"MODEL": "test/nowhere"}, "FAIL", "knows no test/nowhere", "hf auth login"),
+    "offline": ({"HF_HUB_OFFLINE": "1"}, "FAIL", "HF_HUB_OFFLINE", "cache lacks", "unset HF_HUB_OFFLINE"),
+    "offline with a token": (GOOD | {"HF_HUB_OFFLINE": "1"}, "FAIL", "HF_HUB_OFFLINE", "cache lacks"),
+}
+
+
+@pytest.mark.parametrize(("settings", "words"), cases(HUB))
+def test_the_missing_step_to_the_model_is_named(settings, words, hub, no_torch, tmp_path):
+    """V4, F1: each state of account and token has its own line and remedy; the short name is an alias."""
+    env = {"OUTPUT_DIR": tmp_path, "HF_HOME": tmp_path / "home"} | no_torch | settings
+    done = verify(env=env)
+    expect(done, "model access", words[0], *(word.format(hub=hub.endpoint) for word in words[1:]))
+    assert ("model name" in done.checks) == ("MODEL" not in settings)
+    expect(done, "model cache", "PASS", "not yet")
+
+
+def test_a_model_in_the_cache_needs_no_hub(hub, no_torch, tmp_path):
+    """V4: offline it is enough and nothing is asked; where the hub says no, HF_HUB_OFFLINE is the remedy."""
+    import huggingface_hub
+
+    huggingface_hub.snapshot_download("google/gemma-3-270m", cache_dir=tmp_path / "hub", token="hf_good")
+    env = no_torch | {"OUTPUT_DIR": tmp_path, "HF_HOME": tmp_path}
+    hub.requests.clear()
+    offline = verify(env=env | {"HF_HUB_OFFLINE": "1"})
+    assert hub.requests == []
+    expect(offline, "model cache", "PASS", f"google/gemma-3-270m is in {tmp_path}/hub")
+    expect(offline, "model access", "PASS", "the cache is used")
+    expect(verify(env=env), "model access", "WARN", "not logged in", "copy in the cache", "export HF_HUB_OFFLINE=1")
+    assert hub.requests
+
+
+def test_a_directory_is_a_model_too(hub, no_torch, tiny, tmp_path):
+    """V4, F1: complete, incomplete or not there; the hub is not asked. --model wins over MODEL."""
+    hub.requests.clear()
+    env = no_torch | {"OUTPUT_DIR": tmp_path, "MODEL": "/nowhere"}
+    expect(verify("--model", tiny, env=env), "model directory", "PASS", str(tiny))
+    expect(verify(env=env), "model directory", "FAIL", "/nowhere")
+    shutil.copytree(tiny, tmp_path / "half")
+    (tmp_path / "half" / "model.safetensors").unlink()
+    (tmp_path / "half" / "tokenizer.json").unlink()
+    expect(verify(f"--model={tmp_path}/half", env=env), "model directory", "FAIL", "lacks weights, tokenizer")
+    assert hub.requests == []
+
+
+def test_without_a_network_it_takes_seconds(tmp_path):
+    """V4 to V6: no route, no names: one FAIL for the model, nothing hangs, a single machine needs no network."""
+    script = 'ip link set lo up; exec "$@"'
+    done = verify(env={"OUTPUT_DIR": tmp_path, "HF_ENDPOINT": None}, before=[*NAMESPACE, script, "sh"])
+    assert done.seconds < 30
+    expect(done, "model access", "FAIL", "no answer from https://huggingface.co", "--model DIR")
+    expect(done, "addresses", "PASS", "none but loopback")
+    assert [name for name, rows in done.checks.items() if rows[-1][0] == "FAIL"] == ["model access"], done.checks
+
+
+def test_a_hub_that_never_answers_is_given_up(no_torch, tmp_path):
+    """V4, V6: a server that takes the connection and stays silent costs seconds."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        done = verify(env=no_torch | {"OUTPUT_DIR": tmp_path, "HF_ENDPOINT": endpoint})
+    expect(done, "model access", "FAIL", f"no answer from {endpoint}")
+    assert done.seconds < 15
+
+
+def test_a_hub_with_another_answer_is_quoted(no_torch, tmp_path):
+    """V4: another hub than Hugging Face's may know nothing, and its page is the one that is named."""
+    with StubHub() as other:
+        done = verify(env=no_torch | GOOD | {"OUTPUT_DIR": tmp_path, "HF_ENDPOINT": other.endpoint})
+    expect(done, "model access", "FAIL", "refuses your token", f"{other.endpoint}/settings/tokens")
