@@ -178,11 +178,9 @@ def cuda(torch):  # driver, toolkit, devices
     """Report CUDA and the GPUs of this machine. Returns: how many PyTorch can use."""
     listed = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")  # per GPU
     listed = [line for line in listed if line]  # none: no driver, or no GPU
-    if SETTINGS.get("CUDA_VISIBLE_DEVICES") == "":  # set and empty hides all GPUs on purpose
-        report("WARN", "CUDA", "CUDA_VISIBLE_DEVICES is empty: GPUs are hidden and the CPU trains",  # by the caller
-               "unset CUDA_VISIBLE_DEVICES, if there are any")  # multinode_train.sh sets it to GPUS
-        return 0  # none to look at
-    SETTINGS.pop("CUDA_VISIBLE_DEVICES", None)  # numbers of GPUS count all GPUs, as in multinode_train.sh
+    hidden = SETTINGS.get("CUDA_VISIBLE_DEVICES") == ""  # set and empty hides all GPUs, on purpose
+    if not hidden:  # a choice of some, or none at all
+        SETTINGS.pop("CUDA_VISIBLE_DEVICES", None)  # numbers of GPUS count all GPUs, as in multinode_train.sh
     if torch.cuda.is_available():  # driver and build fit
         driver = f", driver {listed[0]}" if listed else ""  # nvidia-smi is not in every container
         report("PASS", "CUDA", f"{torch.version.cuda}{driver}")  # the version torch was built for
@@ -191,7 +189,10 @@ def cuda(torch):  # driver, toolkit, devices
         names = [f"{index}: {gpu.name} ({gpu.total_memory / GIGABYTE:.0f} GB)" for index, gpu in enumerate(gpus)]  # all
         report("PASS", "GPUs", f"{count}, {', '.join(names)}")  # as GPUS numbers them
         return count  # GPUS may choose among these
-    if listed:  # the driver sees GPUs which torch cannot use: training would silently take the CPU
+    if hidden:  # whether there are any cannot be asked
+        report("WARN", "CUDA", "CUDA_VISIBLE_DEVICES is empty, which hides all GPUs",  # forgotten in the environment?
+               "unset CUDA_VISIBLE_DEVICES, if there are any")  # multinode_train.sh sets it to GPUS
+    elif listed:  # the driver sees GPUs which torch cannot use: training would silently take the CPU
         reason = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"  # pip's
         found = f"PyTorch cannot use the {len(listed)} GPUs here: it {reason}, the driver is {listed[0]}"  # both sides
         report("FAIL", "CUDA", found,  # one of the two has to change
@@ -258,8 +259,12 @@ def launcher():  # several processes are started by accelerate
 
 def output_directory():  # writable, roomy, shared
     """Report whether OUTPUT_DIR can be written to, has space, and is seen by other machines, if several are meant."""
+    if SETTINGS["GONE"]:  # removed under this shell's feet
+        report("FAIL", "output directory", f"the current directory {SETTINGS['GONE']} is gone",  # no run starts there
+               "cd to a directory that exists")  # perhaps it was made anew: cd . is enough then
+        return  # no path to look at
     other = "choose another: export OUTPUT_DIR=/path"  # the remedy that always works
-    try:  # the current directory itself may be gone
+    try:  # asked of the disk itself
         folder = os.path.abspath(os.path.expanduser(SETTINGS["OUTPUT_DIR"]))  # where main.py would write
         place = within(5, try_to_write, folder)  # a dead NFS server never answers
     except (OSError, ValueError) as error:  # no permission, read-only, full, gone, a file instead of a directory
@@ -701,6 +706,12 @@ if [ -x "$HERE/.venv/bin/python" ]; then  # … or that of the quickstart or the
     PIP="$HERE/.venv/bin/pip"  # in full: that environment need not be active
 fi
 export HERE PIP PATH FORMAT=$format PYTHONSAFEPATH=1  # a torch.py in the current directory is not imported
+
+export GONE=""  # the current directory, when it is no more
+if ! [ -e . ] || ! [ "$PWD" -ef . ]; then  # removed, or removed and made anew: this shell is still in the old one
+    GONE=$PWD  # one of the checks says so
+    cd /  # PyTorch's libraries do not even load in a directory that is no more
+fi
 
 if ! python=$(command -v python || command -v python3); then  # a bare machine
     if [ "$format" = json ]; then  # the same shape as the program's
