@@ -22,6 +22,7 @@ import ctypes  # one call of the operating system that Python has no name for
 import difflib  # "did you mean": the real name nearest to a misspelt one
 import errno  # which kind of OSError: locked, disk full, over quota
 import fcntl  # a lock on output_dir
+import functools  # a function in the place of another
 import glob  # "data/*.jsonl" given in quotes
 import gzip  # .gz files are read as they are
 import hashlib  # checksums of checkpoints
@@ -47,6 +48,7 @@ PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by a part of the device
     "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A40": 149.7, "L40S": 362, "L4": 121,  # server
     "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "V100": 125,  # desktop; the first name that fits counts
 }
+LOSS_MEMORY = {"cuda": 4e9, "cpu": 0.5e9}  # bytes for the logits of one chunk of tokens: some 2,000, or 240, at a time
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
     "(1) add --bf16; "  # halves the activations, costs nothing on a GPU since Ampere
@@ -966,6 +968,115 @@ def rotate(output_dir, limit, best):  # after the new one is safe
             shutil.rmtree(trash, ignore_errors=True)  # 3.2 GB
 
 
+# ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+# Of all matrix work 63 % is the projection of 640 numbers a token onto the 262,144 words of the vocabulary, and its
+# result, the logits, would be the largest thing in memory: 1.07 GB for each 2,048 tokens in 16 bits, and again twice as
+# much in the float32 of the softmax. So the loss goes through the tokens in chunks and never keeps the logits of one.
+
+
+def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain function: no graph is recorded in here
+    """Return −log p(label) of every token, and the gradients of their sum with respect to hidden and weight.
+
+    The gradients are made right beside the loss, while a chunk's logits are still there: they need not be computed a
+    second time in the backward pass. Liger's fused linear cross-entropy (arXiv:2410.10989) does likewise, but makes
+    chunks of V/H = 410 parts of the tokens: slivers, for a vocabulary this large and a hidden size this small.
+    Args: hidden (N, H), any float dtype; weight (V, H); labels (N,), int64, -100 is left out: its loss is 0. cap
+        (float or None): logits become cap × tanh(logits / cap). with_gradients (bool): else both gradients are None.
+    Returns: losses (N,), float32; (N, H) as hidden, or None; (V, H) as weight, or None. The sums are made in float32.
+    """
+    import torch  # matrix products
+    from torch.nn.functional import linear, log_softmax, softmax  # fused kernels: float32 inside, whatever the dtype
+
+    kind = hidden.device.type  # cuda or cpu
+    mixed = torch.is_autocast_enabled(kind)  # --bf16, --fp16
+    dtype = torch.get_autocast_dtype(kind) if mixed else hidden.dtype  # of the products with the vocabulary
+    # GradScaler has not scaled these gradients yet, and unscaled they can be too small for float16: float32 instead.
+    precise = torch.float32 if dtype == torch.float16 else dtype  # of the products that make gradients
+    each = dtype.itemsize + 4 + precise.itemsize  # bytes a logit: as computed, its log p in float32, its gradient
+    rows = max(1, int(LOSS_MEMORY.get(kind, LOSS_MEMORY["cpu"]) / (each * len(weight))))  # tokens in a chunk
+    with torch.no_grad(), torch.autocast(kind, enabled=False):  # every dtype is chosen here
+        learnt = labels != -100  # (N,): which tokens count
+        targets = labels.clamp(min=0)[:, None]  # (N, 1): -100 is no index
+        losses = torch.empty(len(labels), dtype=torch.float32, device=labels.device)  # (N,)
+        to_hidden = torch.empty_like(hidden) if with_gradients else None  # (N, H)
+        to_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_gradients else None
+        head = weight.to(dtype)  # (V, H): once for all chunks
+        back = weight.to(precise) if precise != dtype else head  # (V, H): the same, but for fp16
+        for first in range(0, len(labels), rows):  # as many tokens at a time as the memory allows
+            chunk = slice(first, first + rows)  # the last one may be shorter
+            logits = linear(hidden[chunk].to(dtype), head)  # (rows, V): the large one
+            if cap:  # Gemma 2 has 30, Gemma 3 none
+                logits.div_(cap).tanh_().mul_(cap)  # in place
+            known = log_softmax(logits, -1, dtype=torch.float32).gather(-1, targets[chunk])  # (rows, 1): log p(label)
+            losses[chunk] = -known[:, 0] * learnt[chunk]  # 0 for -100
+            if with_gradients:  # d loss / d logit is p − 1 for the label and p for all other words
+                slope = softmax(logits, -1).to(precise)  # (rows, V): p
+                slope.scatter_(-1, targets[chunk], known.expm1().to(precise))  # p − 1, exact also where p is nearly 1
+                if cap:  # the chain rule through the tanh
+                    slope.mul_(1 - (logits / cap).square())  # its derivative is 1 − tanh²
+                inputs = hidden[chunk].to(precise) * learnt[chunk, None]  # (rows, H): 0 for -100
+                to_weight += slope.T @ inputs  # (V, H): summed over the chunks in float32
+                to_hidden[chunk] = (slope @ back) * learnt[chunk, None]  # (rows, H)
+    return losses, to_hidden, None if to_weight is None else to_weight.to(weight.dtype)  # no logits survive
+
+
+def use_chunked_loss(model):  # instead of the model's own, which holds all logits
+    """Make model(input_ids, labels=…) return a dict with `loss` and `token_losses`, computed in chunks of tokens.
+
+    `loss` is a scalar: the sum ÷ num_items_in_batch, or the mean, over labels other than -100 (0 if there are none);
+    `token_losses` (batch, length - 1), float32, is without gradient. Without labels the model returns logits as ever.
+    A model whose loss is more than its head and a softcap keeps its own: eight tokens through both show which is which.
+    Returns: bool, whether the chunked loss is in use.
+    """
+    import torch  # automatic differentiation
+
+    class ChunkedLoss(torch.autograd.Function):  # gradients of our own instead of a recorded graph
+        """(hidden, weight, labels, cap, with_gradients) → (sum of losses, losses); see token_losses for the shapes."""
+
+        @staticmethod  # as PyTorch wants it
+        def forward(ctx, hidden, weight, labels, cap, with_gradients):  # ctx carries things to the backward pass
+            """Compute losses and gradients at once."""
+            losses, *gradients = token_losses(hidden, weight, labels, cap, with_gradients)  # chunk by chunk
+            ctx.gradients = gradients  # of the sum
+            ctx.mark_non_differentiable(losses)  # for evaluations only
+            return losses.sum(), losses  # float32
+
+        @staticmethod  # likewise
+        def backward(ctx, upstream, _):  # upstream: d (final loss) / d (sum), a scalar on the device
+            """Scale what the forward pass has made."""
+            return *(gradient.mul_(upstream.to(gradient.dtype)) for gradient in ctx.gradients), None, None, None
+
+    own, head = model.forward, model.get_output_embeddings()  # the model's forward pass; its (V, H) matrix
+    cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2 and 3n
+
+    @torch.compiler.disable  # --torch_compile is for the layers: a loop of large products gains nothing from it
+    def chunked(hidden, labels, items):  # (batch, length, H), (batch, length), a number or None
+        """Return what the new forward pass returns."""
+        labels = labels[:, 1:].to(hidden.device)  # token t is predicted …
+        before = hidden[:, :-1].flatten(0, 1)  # … from all before it
+        total, losses = ChunkedLoss.apply(before, head.weight, labels.flatten(), cap, torch.is_grad_enabled())
+        items = (labels != -100).sum().clamp(min=1) if items is None else items  # the Trainer counts those of a step
+        return {"loss": total / items, "token_losses": losses.view(labels.shape)}  # no logits
+
+    @functools.wraps(own)  # the Trainer reads the names of its arguments
+    def forward(*inputs, labels=None, num_items_in_batch=None, **named):  # in place of the model's
+        """Call the layers and the loss, or, without labels, the model as it was."""
+        if labels is None:  # generation
+            return own(*inputs, **named)  # logits
+        hidden = model.base_model(*inputs, **named).last_hidden_state  # (batch, length, H)
+        return chunked(hidden, labels, num_items_in_batch)  # gradients go to the head and to all layers
+
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # None, or of another kind
+        return False  # something else than a matrix product
+    ids = torch.arange(8, device=head.weight.device)[None]  # any tokens
+    with torch.no_grad():  # two forward passes on 8 tokens: a fraction of a second
+        theirs, ours = own(input_ids=ids, labels=ids).loss, forward(input_ids=ids, labels=ids)["loss"]  # scalars
+    if not torch.isclose(theirs.float(), ours, rtol=1e-3):  # scaled logits, a further loss of the experts, …
+        return False  # one that we do not know
+    model.forward = forward  # from now on
+    return True  # never holds more than a chunk of logits
+
+
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -1008,7 +1119,6 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
     import torch  # numbers on the device
     import torch.distributed as dist  # other processes
-    from torch.nn.functional import cross_entropy  # mean of −log p(next token), over the tokens of a chunk
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback  # batches; the loop; its events
 
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
@@ -1022,7 +1132,8 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         """Make a batch of chunks: input_ids and labels of shape (batch, max_seq_length), int64."""
         batch = collator(chunks)  # its labels are the inputs, less those that equal the pad token …
         batch["labels"] = batch["input_ids"].clone()  # … but nothing here is padded, and pad may be EOS: learn them all
-        return batch  # the model shifts the labels by one itself
+        del batch["attention_mask"]  # all ones; without it nothing waits for the GPU to look for a zero
+        return batch  # the loss shifts the labels by one itself
 
     class ReliableTrainer(Trainer):  # a subclass: no callback may change an evaluation or a save
         """The Trainer with an honest log line, a guard against NaN, and checkpoints that are complete or absent."""
@@ -1060,9 +1171,11 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             """
             chunks = self._prepare_inputs(inputs)["input_ids"]  # (batch, max_seq_length), on the device
             with torch.no_grad(), self.compute_loss_context_manager():  # autocast
-                logits = model(input_ids=chunks).logits  # (batch, max_seq_length, vocabulary)
-            pairs = zip(logits, chunks, strict=True)  # one chunk at a time: float32 logits of one are 2.1 GB
-            losses = torch.stack([cross_entropy(scores[:-1].float(), ids[1:]) for scores, ids in pairs])  # next tokens
+                result = model(input_ids=chunks, labels=chunks)  # the labels are the inputs
+                if "token_losses" in result:  # (batch, max_seq_length - 1)
+                    losses = result["token_losses"].mean(1)  # one of each chunk
+                else:  # a model's own loss, the mean of a batch: one chunk at a time
+                    losses = torch.stack([model(input_ids=ids[None], labels=ids[None]).loss.float() for ids in chunks])
             return None, losses, losses  # predictions and labels: gathered over the ranks, the repeated ones dropped
 
         def tokens_seen(self):  # since the first step of the run
@@ -1188,6 +1301,9 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         callbacks=[Keeper()],  # after the Trainer's own
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()},  # all chunks have as many tokens: a plain mean
     )
+    with trainer.compute_loss_context_manager():  # autocast, which Flash Attention needs
+        if not use_chunked_loss(model):  # on the device by now
+            say("note     the loss in chunks knows a plain head only: this model's own is used, and holds all logits")
     if "tensorboard" in training_args.report_to and training_args.process_index == 0:  # the others write nothing
         from torch.utils.tensorboard import SummaryWriter  # event files
         from transformers.integrations import TensorBoardCallback  # the Trainer has added one without purge_step

@@ -1,0 +1,154 @@
+"""The chunked loss of main.py against PyTorch's own, in float64, on whole logits."""
+
+import copy
+
+import main
+import pytest
+import torch
+from torch.nn.functional import cross_entropy
+
+WIDTH, WORDS = 16, 97
+
+
+@pytest.fixture
+def short_chunks(monkeypatch):
+    """At most seven tokens at a time, so that every test has several chunks, and a shorter last one."""
+    monkeypatch.setitem(main.LOSS_MEMORY, "cpu", 7 * 12 * WORDS + 1)
+
+
+def inputs(tokens, dtype=torch.float32, ignored=()):
+    torch.manual_seed(tokens)
+    labels = torch.randint(WORDS, (tokens,))
+    labels[list(ignored)] = -100
+    return torch.randn(tokens, WIDTH, dtype=dtype), torch.randn(WORDS, WIDTH, dtype=dtype), labels
+
+
+def exact(hidden, weight, labels, cap=None):
+    """Losses of all tokens and both gradients of their sum: plain, whole, float64."""
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    logits = hidden @ weight.T
+    logits = cap * torch.tanh(logits / cap) if cap else logits
+    losses = cross_entropy(logits, labels, reduction="none")
+    losses.sum().backward()
+    return losses.detach(), hidden.grad, weight.grad
+
+
+def near(ours, theirs, error):
+    """Within `error` of the largest value."""
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert (mine.double() - yours).abs().max() <= error * yours.abs().max().clamp(min=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 6, 7, 8, 14, 31])
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_losses_and_gradients_in_float32(short_chunks, tokens, cap):
+    """One row, odd sizes, a chunk larger than the input, a softcap."""
+    given = inputs(tokens)
+    near(main.token_losses(*given, cap, True), exact(*given, cap), 2e-6)
+
+
+@pytest.mark.parametrize("ignored", [[0], [3, 9], range(7), range(20)])
+def test_ignored_labels_cost_and_teach_nothing(short_chunks, ignored):
+    """Some, a whole chunk, all."""
+    hidden, weight, labels = inputs(20, ignored=ignored)
+    losses, to_hidden, to_weight = main.token_losses(hidden, weight, labels, None, True)
+    near((losses, to_hidden, to_weight), exact(hidden, weight, labels), 2e-6)
+    assert not losses[list(ignored)].any() and not to_hidden[list(ignored)].any()
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+@pytest.mark.parametrize("cap", [None, 3.0])
+def test_autocast_errs_no_more_than_its_dtype(short_chunks, dtype, error, cap):
+    """The weights stay float32, the products are made in 16 bits; sums and softmax in float32."""
+    hidden, weight, labels = inputs(40)
+    with torch.autocast("cpu", dtype=dtype):
+        ours = main.token_losses(hidden, weight, labels, cap, True)
+    assert ours[0].dtype == ours[2].dtype == torch.float32
+    near(ours, exact(hidden, weight, labels, cap), error)
+
+
+def test_a_nearly_certain_token_keeps_its_gradient(short_chunks):
+    """p - 1 is made from log p: in bfloat16, 1 - 0.999 would be 0."""
+    hidden, weight = torch.eye(WIDTH)[:1] * 4, torch.zeros(WORDS, WIDTH)
+    weight[5, 0] = 3.0
+    given = hidden, weight, torch.tensor([5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = main.token_losses(*given, None, True)
+    near(ours, exact(*given), 1e-2)
+
+
+def test_a_bfloat16_model_is_summed_in_float32(short_chunks):
+    """No autocast, weights in bfloat16: 3,000 tokens whose plain bfloat16 sum would be off by percents."""
+    given = inputs(3000, torch.bfloat16)
+    near(main.token_losses(*given, None, True), exact(*given), 2e-2)
+    assert abs(main.token_losses(*given, None, False)[0].sum() / exact(*given)[0].sum() - 1) < 1e-3
+
+
+@pytest.fixture
+def model(tiny):
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.float32)
+
+
+@pytest.mark.parametrize("cap", [None, 2.0])
+@pytest.mark.parametrize("items", [None, 100])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_learns_as_with_its_own_loss(model, cap, items, checkpointing, monkeypatch):
+    """The tied embedding, every other weight, num_items_in_batch, two accumulated batches, gradient checkpointing."""
+    monkeypatch.setitem(main.LOSS_MEMORY, "cpu", 13 * 12 * model.config.vocab_size)
+    model.config.final_logit_softcapping = cap
+    plain = copy.deepcopy(model)
+    assert main.use_chunked_loss(model)
+    for one in (plain, model):
+        one.train()
+        if checkpointing:
+            one.gradient_checkpointing_enable()
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        ids = torch.randint(model.config.vocab_size, (3, 24))
+        labels = ids.clone()
+        labels[0, :5], labels[2] = -100, -100
+        losses = [one(input_ids=ids, labels=labels, num_items_in_batch=items)["loss"] for one in (plain, model)]
+        assert torch.isclose(*losses, rtol=1e-5)
+        for loss in losses:
+            loss.backward()
+    theirs = dict(plain.named_parameters())
+    assert theirs["model.embed_tokens.weight"].grad.any()
+    near([weight.grad for weight in model.parameters()],
+         [theirs[name].grad.double() for name, _ in model.named_parameters()], 1e-4)  # fmt: skip
+
+
+def test_evaluation_keeps_no_logits_and_no_gradients(model):
+    """The losses of all tokens, and nothing to go backward through; logits still come without labels."""
+    ids = torch.arange(40).view(2, 20)
+    logits = model(input_ids=ids).logits
+    main.use_chunked_loss(model)
+    with torch.no_grad():
+        result = model(input_ids=ids, labels=ids)
+        assert torch.equal(model(input_ids=ids).logits, logits)
+    assert set(result) == {"loss", "token_losses"} and not result["loss"].requires_grad
+    wanted = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    assert torch.allclose(result["token_losses"].flatten(), wanted, rtol=1e-5)
+
+
+def test_a_batch_without_labels_teaches_nothing(model):
+    """Its loss is 0, where the plain mean would be 0/0, which is no number."""
+    main.use_chunked_loss(model)
+    ids = torch.arange(20)[None]
+    loss = model(input_ids=ids, labels=torch.full_like(ids, -100))["loss"]
+    loss.backward()
+    assert loss == 0 and not any(weight.grad.any() for weight in model.parameters())
+
+
+def test_other_models_keep_their_own_loss():
+    """GPT-2 has a plain head; Granite scales its logits; a head with a bias is none of ours."""
+    from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, PhiConfig
+
+    small = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).eval()
+    assert main.use_chunked_loss(gpt2)
+    for config in (GraniteConfig(**small, logits_scaling=0.01), PhiConfig(**small)):
+        other = AutoModelForCausalLM.from_config(config).eval()
+        own = other.forward
+        assert not main.use_chunked_loss(other) and other.forward == own
