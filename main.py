@@ -347,6 +347,9 @@ def make_training_arguments(args):  # the first use of torch
             fail(f"--{name} makes checkpoints that no run can go on from: leave it out")  # ours need none of them
     if made.ignore_data_skip:  # for data too large to skip over; ours takes seconds
         say("note     --ignore_data_skip: a stopped run will not go on with the data it had not seen yet")  # inexact
+    if made.use_liger_kernel:  # its kernels for the layers are welcome
+        ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss would take the place of ours
+        made.liger_kernel_config = (made.liger_kernel_config or {}) | ours  # what to replace in the model
     return made  # checked, and on several processes connected
 
 
@@ -999,7 +1002,7 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
         targets = labels.clamp(min=0)[:, None]  # (N, 1): -100 is no index
         losses = torch.empty(len(labels), dtype=torch.float32, device=labels.device)  # (N,)
         to_hidden = torch.empty_like(hidden) if with_gradients else None  # (N, H)
-        to_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device) if with_gradients else None
+        to_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if with_gradients else None  # (V, H)
         head = weight.to(dtype)  # (V, H): once for all chunks
         back = weight.to(precise) if precise != dtype else head  # (V, H): the same, but for fp16
         for first in range(0, len(labels), rows):  # as many tokens at a time as the memory allows
@@ -1044,7 +1047,8 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
         @staticmethod  # likewise
         def backward(ctx, upstream, _):  # upstream: d (final loss) / d (sum), a scalar on the device
             """Scale what the forward pass has made."""
-            return *(gradient.mul_(upstream.to(gradient.dtype)) for gradient in ctx.gradients), None, None, None
+            to_hidden, to_weight = (gradient.mul_(upstream.to(gradient.dtype)) for gradient in ctx.gradients)  # in place
+            return to_hidden, to_weight, None, None, None  # none for labels, cap and with_gradients
 
     own, head = model.forward, model.get_output_embeddings()  # the model's forward pass; its (V, H) matrix
     cap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2 and 3n
@@ -1054,7 +1058,8 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
         """Return what the new forward pass returns."""
         labels = labels[:, 1:].to(hidden.device)  # token t is predicted …
         before = hidden[:, :-1].flatten(0, 1)  # … from all before it
-        total, losses = ChunkedLoss.apply(before, head.weight, labels.flatten(), cap, torch.is_grad_enabled())
+        training = torch.is_grad_enabled()  # not in evaluations
+        total, losses = ChunkedLoss.apply(before, head.weight, labels.flatten(), cap, training)  # a scalar; (N,)
         items = (labels != -100).sum().clamp(min=1) if items is None else items  # the Trainer counts those of a step
         return {"loss": total / items, "token_losses": losses.view(labels.shape)}  # no logits
 
@@ -1175,7 +1180,8 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 if "token_losses" in result:  # (batch, max_seq_length - 1)
                     losses = result["token_losses"].mean(1)  # one of each chunk
                 else:  # a model's own loss, the mean of a batch: one chunk at a time
-                    losses = torch.stack([model(input_ids=ids[None], labels=ids[None]).loss.float() for ids in chunks])
+                    each = [model(input_ids=ids[None], labels=ids[None]).loss.float() for ids in chunks]  # scalars
+                    losses = torch.stack(each)  # (batch,)
             return None, losses, losses  # predictions and labels: gathered over the ranks, the repeated ones dropped
 
         def tokens_seen(self):  # since the first step of the run
@@ -1303,7 +1309,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     )
     with trainer.compute_loss_context_manager():  # autocast, which Flash Attention needs
         if not use_chunked_loss(model):  # on the device by now
-            say("note     the loss in chunks knows a plain head only: this model's own is used, and holds all logits")
+            say("note     this model has no plain head: its own loss is used, which holds all logits in memory")  # slow
     if "tensorboard" in training_args.report_to and training_args.process_index == 0:  # the others write nothing
         from torch.utils.tensorboard import SummaryWriter  # event files
         from transformers.integrations import TensorBoardCallback  # the Trainer has added one without purge_step

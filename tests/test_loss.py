@@ -103,7 +103,7 @@ def test_a_model_learns_as_with_its_own_loss(model, cap, items, checkpointing, m
     for one in (plain, model):
         one.train()
         if checkpointing:
-            one.gradient_checkpointing_enable()
+            one.activation_checkpointing_enable()
     for seed in (1, 2):
         torch.manual_seed(seed)
         ids = torch.randint(model.config.vocab_size, (3, 24))
