@@ -307,7 +307,8 @@ class Ranks:  # made by accelerate launch or torchrun
         self.rank, self.local, self.size = (int(os.environ.get(name) or counts[name]) for name in counts)  # or one
         self.node, self.name = self.rank - self.local, f"rank {self.rank} on {socket.gethostname()}"  # its first rank
         self.store = self.group = self.probe = None  # made by meet() and connect()
-        self.over, self.deadline = threading.Event(), math.inf  # this rank is ending; when connecting takes too long
+        self.over, self.leaving = threading.Event(), threading.Lock()  # this rank ends by itself; one thread ends it
+        self.deadline = math.inf  # a time when connecting takes too long
 
     def meet(self, seconds):  # needs the environment variables of the launcher
         """Find the store within some seconds, and begin to listen. Raises: ValueError, RuntimeError."""
@@ -397,7 +398,8 @@ class Ranks:  # made by accelerate launch or torchrun
             except RuntimeError:  # no answer
                 ended, why, patience = True, f"the connection to {os.environ['MASTER_ADDR']} is lost", 30  # torch knows
             if (ended or time.time() > self.deadline) and not self.over.wait(patience):  # may be ending by itself
-                self.leave(1, why)  # the first reason counts
+                with self.leaving:  # the main thread may not speak of a lost connection while this one waits
+                    self.leave(1, why)  # the first reason counts
 
     def leave(self, status, why):  # from either thread
         """Note why the run ends, unless another rank has; wait until all know; exit, whatever else is going on."""
@@ -408,14 +410,14 @@ class Ranks:  # made by accelerate launch or torchrun
         self.clean()  # no trace is left
         os._exit(self.status)  # at once: Python's own exit might wait for a lost rank
 
-    def tell(self, why):  # one reason for all
+    def tell(self, said):  # one reason for all
         """Say on every machine what was noted first, and wait until all ranks know it."""
         with contextlib.suppress(Exception):  # the store may be lost: then there is nobody to tell
             self.meet(30)  # when this rank ends before it was connected
-            why = why if why.startswith(self.name) else f"{self.name}: {why}"  # who ended it
+            why = said if said.startswith(self.name) else f"{self.name}: {said}"  # who ended it
             mine = json.dumps([self.status, self.node, why])  # for whoever looks
             self.status, node, words = json.loads(self.news.compare_set("ended", "", mine))  # mine, or what was there
-            if node != self.node and not self.local:  # its own machine has read it already
+            if node != self.node and not self.local and said not in words:  # its own machine has read it already
                 print(f"\nmain.py: error: {words}", file=sys.stderr, flush=True)  # once on each of the others
             self.news.add("told", 1)  # this rank knows …
             while self.news.add("told", 0) < self.size:  # … others do not
@@ -437,6 +439,7 @@ class Ranks:  # made by accelerate launch or torchrun
             if self.size == 1 or getattr(error, "code", 1) == 0:  # one process, or --help
                 raise  # as Python does it
             self.over.set()  # no need to listen any more
+            self.leaving.acquire()  # unless the listener has begun to leave: then this waits until it has
             status = getattr(error, "code", 1)  # what fail() was given
             for number_ in (signal.SIGTERM, signal.SIGINT):  # the launcher ends the others of this machine
                 signal.signal(number_, lambda *_: os._exit(status))  # nothing is left to do here
