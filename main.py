@@ -17,6 +17,7 @@ and datasets (six seconds together) are imported by the functions that need them
 
 import argparse  # the command line
 import ast  # reads the Trainer's flag names from its source without importing it
+import contextlib  # to go on after an error that does not matter
 import csv  # rows of .csv files, with the line number of a bad one
 import ctypes  # one call of the operating system that Python has no name for
 import difflib  # "did you mean": the real name nearest to a misspelt one
@@ -31,12 +32,16 @@ import itertools  # puts the first line of a file back in front of the rest
 import json  # .json and .jsonl files
 import math  # perplexity = exp(loss)
 import os  # paths, environment
+import platform  # Python's version
 import re  # checkpoint-N
 import shutil  # removes directories, measures disks
 import signal  # SIGTERM and Ctrl-C
 import socket  # this machine's name
 import sys  # exit status, standard error
+import threading  # one that listens for the end of other processes
 import time  # how long a run took, over all its calls
+from datetime import timedelta  # torch wants its timeouts so
+from importlib.metadata import version  # of a package, without importing it
 
 MODEL_ALIASES = {"google/gemma-270m": "google/gemma-3-270m"}  # the short name people type → the published id
 WIKITEXT = "Salesforce/wikitext"  # the one hub data set for which a configuration is chosen here
@@ -73,7 +78,9 @@ def fail(message, status=2):  # every sentence of promise 3 goes through here
     """
     start = "\n" if "datasets" in sys.modules else ""  # a progress bar may stand on the last line
     print(f"{start}main.py: error: {message}", file=sys.stderr, flush=True)  # every rank: it may not be 0 that fails
-    sys.exit(status)  # SystemExit is no Exception, so no library on the way wraps it
+    end = SystemExit(status)  # no Exception, so no library on the way wraps it
+    end.sentence = message  # for the other processes, if any
+    raise end  # caught by nobody but Ranks
 
 
 def nearest(name, names):  # the help that a misspelt name gets
@@ -184,6 +191,7 @@ def parse_args(argv=None):  # the whole command line
     add("--resume_from_checkpoint", help="go on from this one")  # unset: from the newest in output_dir
 
     add = parser.add_argument_group("misc").add_argument  # the rest
+    add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # then all end
     add("--seed", type=number(int, 0), default=42, help="of the order of chunks and of new weights")  # repeatable
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # accepted as other scripts do
     add("--do_eval", **switch, help="given alone: only evaluate the model on the validation data")  # before and after
@@ -287,12 +295,176 @@ def find_files(flag, patterns):  # --train_file and --validation_file
     return files  # empty when the flag was not given
 
 
+# ── Several processes ────────────────────────────────────────────────────────────────────────────────────────────────
+# The launcher starts one process, a rank, for each device. They meet at a store, a small server on the main machine.
+# What ends one rank is noted there and ends all, with the same sentence on every machine: none waits for a lost one.
+
+
+class Ranks:  # made by accelerate launch or torchrun
+    """The processes of this run on all machines. Where there is only one, nothing here does anything."""
+
+    def __init__(self):  # nothing is connected yet
+        """Read what the launcher says."""
+        counts = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # among all, from 0; on this machine; how many in all
+        self.rank, self.local, self.size = (int(os.environ.get(name) or counts[name]) for name in counts)  # or one
+        self.node, self.name = self.rank - self.local, f"rank {self.rank} on {socket.gethostname()}"  # its first rank
+        self.store = self.group = self.probe = None  # made by meet() and connect()
+        self.over, self.leaving = threading.Event(), threading.Lock()  # this rank ends by itself; one thread ends it
+        self.deadline = math.inf  # a time when connecting takes too long
+
+    def meet(self, seconds):  # needs the environment variables of the launcher
+        """Find the store within some seconds, and begin to listen. Raises: ValueError, RuntimeError."""
+        import torch.distributed as dist  # two seconds
+
+        if not self.store:  # the first time
+            self.store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))  # MASTER_ADDR, …
+            self.news = self.store.clone()  # a connection of its own: the other one may be busy waiting
+            self.listener = threading.Thread(target=self.listen, daemon=True)  # ends with this process
+            self.listener.start()  # from here on others can end us
+
+    def connect(self, args, plan):  # before any work, and before a device is touched
+        """Make the process group, once all machines are known to do the same in the same directory.
+
+        Args: plan (argparse.Namespace): the fields of TrainingArguments, which cannot be made without a group.
+        """
+        import torch.distributed as dist  # has been imported by the Trainer's arguments
+
+        lost = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]  # by
+        if lost:  # each process would train on its own, all of them into one output_dir
+            fail(f"WORLD_SIZE is {self.size}, but {', '.join(lost)} is not set: start several processes with "  # what
+                 "accelerate launch, or unset WORLD_SIZE for a single one")  # two ways on
+        cpu = plan.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # here; at the launcher
+        backend = plan.ddp_backend or ("gloo" if cpu else "cpu:gloo,cuda:nccl")  # one for each kind of tensor
+        own = ("given", "trainer_argv", "cache_dir", "preprocessing_num_workers")  # may differ between machines
+        facts = {f"--{name}": value for name, value in (vars(args) | vars(plan)).items() if name not in own}  # all else
+        facts |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}  # may round …
+        facts |= {"main.py": sha256(__file__)[:12], "Python": platform.python_version()}  # … or count differently
+        facts["WORLD_SIZE"] = self.size  # of the launcher
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate gives each machine as many, so a difference is …
+            facts["processes a machine (--num_processes)"] = os.environ.get("LOCAL_WORLD_SIZE")  # … a slip
+        seconds = plan.ddp_timeout  # accelerate would not heed it on the CPU
+        try:  # some rank may never come
+            self.meet(seconds)  # the launchers have met there already
+            self.compare("plan", facts)  # before unequal versions have to talk to each other
+            self.share(args)  # every rank writes a part of each checkpoint
+            self.deadline = time.time() + 2 * seconds  # for the two groups, should torch not keep to its own limits
+            place = {"store": self.store, "rank": self.rank, "world_size": self.size}  # this process among all
+            dist.init_process_group(backend, **place, timeout=timedelta(seconds=seconds))  # for training
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for wait()
+            self.deadline = math.inf  # connected: from now on a lost rank is noticed
+        except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # where all meet
+            words = f"within --ddp_timeout {seconds} ({' '.join(str(error).split())})"  # which did not come, or why not
+            fail(f"{self.size} processes could not connect at {place} {words}", 1)  # a wrong address, a firewall
+        self.clean()  # all have seen it
+
+    def compare(self, what, facts):  # the plan, the data
+        """End the run unless the first rank of this machine has the same facts (a dict) as rank 0."""
+        if self.size == 1 or self.local:  # the others of a machine have the same launcher and files
+            return  # and need not wait
+        facts = json.loads(json.dumps(facts, default=str))  # as they will arrive elsewhere
+        if self.rank == 0:  # sets the example
+            self.store.set(what, json.dumps([self.name, facts]))  # a few kB
+        name, theirs = json.loads(self.store.get(what))  # waits for rank 0
+        other = [f"{key} is {facts.get(key)!r} instead of {theirs.get(key)!r}"  # here; there
+                 for key in theirs | facts if facts.get(key) != theirs.get(key)]  # None where nothing is known of it
+        if other:  # training would hang, or mean nothing
+            fail(f"{self.name} differs from {name}: {'; '.join(other)}. All machines need the same")  # command, files
+
+    def share(self, args):  # each machine may have its own directory of that name
+        """End the run unless every machine sees a file that rank 0 makes in output_dir."""
+        if args.evaluate_only or self.local:  # no checkpoints; one a machine looks
+            return  # whatever the directory
+        if self.rank == 0:  # it writes most of a checkpoint
+            self.probe = os.path.join(args.output_dir, f".probe-{os.urandom(8).hex()}")  # is found nowhere else
+            open(self.probe, "x").close()  # empty: fits on a full disk, too
+            self.store.set("probe", os.path.basename(self.probe))  # now look
+        path = os.path.join(args.output_dir, self.store.get("probe").decode())  # waits for rank 0
+        if not any(os.path.exists(path) or time.sleep(0.5) for _ in range(20)):  # NFS may take seconds to show it
+            fail(f"{self.name} does not see what rank 0 writes in --output_dir {args.output_dir}: it has to "  # as
+                 "be on storage that all machines share")  # such as NFS
+
+    def wait(self):  # for hours, if need be: what takes long is data and downloads
+        """Wait until all ranks are here. Raises: RuntimeError when one of them is lost."""
+        if self.group:  # several processes
+            import torch.distributed as dist  # imported already
+
+            dist.barrier(group=self.group)  # on the CPU, with that group's limit
+
+    def listen(self):  # in a thread, as the main one may be waiting in torch
+        """End this rank when another one has ended, when the store is gone, or when connecting takes too long."""
+        while not self.over.wait(1):  # every second, until this rank ends by itself
+            try:  # the store ends with the main machine
+                ended, why = self.news.check(["ended"]), "no connection within twice --ddp_timeout"  # read by whoever
+                patience = 3  # seconds
+            except RuntimeError:  # no answer
+                ended, why, patience = True, f"the connection to {os.environ['MASTER_ADDR']} is lost", 30  # torch knows
+            if (ended or time.time() > self.deadline) and not self.over.wait(patience):  # may be ending by itself
+                with self.leaving:  # the main thread may not speak of a lost connection while this one waits
+                    self.leave(1, why)  # the first reason counts
+
+    def leave(self, status, why):  # from either thread
+        """Note why the run ends, unless another rank has; wait until all know; exit, whatever else is going on."""
+        self.status = status  # unless another rank has ended first
+        thread = threading.Thread(target=self.tell, args=(why,), daemon=True)  # a cut network may hold it for ever
+        thread.start()  # beside this one …
+        thread.join(6 if self.group else 30)  # … which waits no longer: others look every second, once they can
+        self.clean()  # no trace is left
+        os._exit(self.status)  # at once: Python's own exit might wait for a lost rank
+
+    def tell(self, said):  # one reason for all
+        """Say on every machine what was noted first, and wait until all ranks know it."""
+        with contextlib.suppress(Exception):  # the store may be lost: then there is nobody to tell
+            self.meet(30)  # when this rank ends before it was connected
+            why = said if said.startswith(self.name) else f"{self.name}: {said}"  # who ended it
+            mine = json.dumps([self.status, self.node, why])  # for whoever looks
+            self.status, node, words = json.loads(self.news.compare_set("ended", "", mine))  # mine, or what was there
+            if node != self.node and not self.local and said not in words:  # its own machine has read it already
+                print(f"\nmain.py: error: {words}", file=sys.stderr, flush=True)  # once on each of the others
+            self.news.add("told", 1)  # this rank knows …
+            while self.news.add("told", 0) < self.size:  # … others do not
+                time.sleep(0.1)  # soon
+            time.sleep(0 if self.node else 0.5)  # the store ends with the ranks of the main machine: they leave last
+
+    def clean(self):  # when all have seen the file, or nobody will
+        """Remove the file that share() made."""
+        if self.probe and os.path.exists(self.probe):  # on rank 0
+            os.remove(self.probe)  # output_dir is as it was
+
+    @contextlib.contextmanager  # one end for every way there
+    def together(self):  # around everything
+        """Let all ranks end together: after a success without the group, after a failure with its sentence."""
+        try:  # main()
+            yield  # hours
+            self.wait()  # for what rank 0 saves last
+        except BaseException as error:  # also SystemExit, which fail() raises
+            if self.size == 1 or getattr(error, "code", 1) == 0:  # one process, or --help
+                raise  # as Python does it
+            self.over.set()  # no need to listen any more
+            self.leaving.acquire()  # unless the listener has begun to leave: then this waits until it has
+            status = getattr(error, "code", 1)  # what fail() was given
+            for number_ in (signal.SIGTERM, signal.SIGINT):  # the launcher ends the others of this machine
+                signal.signal(number_, lambda *_: os._exit(status))  # nothing is left to do here
+            if not isinstance(error, SystemExit):  # nobody has explained it
+                sys.excepthook(type(error), error, error.__traceback__)  # as Python would print it
+            self.leave(status, getattr(error, "sentence", f"{type(error).__name__}: {error}"))  # does not come back
+        if self.group:  # all are done
+            import torch.distributed as dist  # imported already
+
+            self.over.set()  # no news is expected
+            self.listener.join()  # a thread that wakes up while Python shuts down would abort it
+            dist.destroy_process_group()  # all groups: their threads, too, must not see the shutdown
+
+
+RANKS = Ranks()  # of this run
+
+
 # ── Trainer's arguments ──────────────────────────────────────────────────────────────────────────────────────────────
 
 TRAINER_FLAGS = (  # flags above that are TrainingArguments fields of the same name: handed over as they are
     "output_dir num_train_epochs per_device_train_batch_size per_device_eval_batch_size "  # how much at a time
     "gradient_accumulation_steps learning_rate weight_decay warmup_steps bf16 fp16 "  # how each step is made
-    "logging_steps save_steps eval_steps save_total_limit seed"  # what is kept of it
+    "logging_steps save_steps eval_steps save_total_limit seed ddp_timeout"  # what is kept of it
 ).split()  # a list of names
 
 HARMLESS = (  # beginnings of TrainingArguments fields that cannot change weights: they may differ when a run goes on
@@ -330,6 +502,8 @@ def make_training_arguments(args):  # the first use of torch
     argv += ["--report_to", *args.report_to, "--eval_strategy", "steps"]  # main() sets "no" without validation data
     parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)  # one flag for each of its 120 fields
     parser.error = fail  # one sentence instead of 600 lines of usage
+    if RANKS.size > 1:  # before a device is touched
+        RANKS.connect(args, parser.parse_known_args(argv + args.trainer_argv)[0])  # what the Trainer is about to get
     try:  # TrainingArguments checks combinations of its own
         made, rest = parser.parse_args_into_dataclasses(  # rest: words that stand behind no flag
             argv + args.trainer_argv,  # ours first: of two equal flags the last one counts
@@ -342,6 +516,8 @@ def make_training_arguments(args):  # the first use of torch
         fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # which word
     if made.max_steps < 1 and made.max_steps != -1:  # -1 is the Trainer's "not given"
         fail(f"--max_steps: {made.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # 0 too
+    if made.world_size != RANKS.size:  # each process would train on its own, all of them into one output_dir
+        fail(f"WORLD_SIZE is {RANKS.size}, but the Trainer sees {made.world_size}: use accelerate launch")  # odd
     for name in ("save_only_model", "enable_jit_checkpoint", "save_on_each_node"):  # the Trainer's, none of them whole
         if getattr(made, name):  # no optimizer; a partial final model; no weights on other nodes
             fail(f"--{name} makes checkpoints that no run can go on from: leave it out")  # ours need none of them
@@ -1477,9 +1653,11 @@ def main(argv=None):  # the table of contents
         return  # in a few seconds
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.max_seq_length)  # the hub's first answer
-    with training_args.main_process_first(desc="preparing the data"):  # one process a machine prepares …
-        rebuild = args.overwrite_cache and training_args.local_process_index == 0  # … the others read its cache
-        train, validation = load_and_prepare_dataset(args, tokenizer, rebuild)  # chunks, or None
+    if RANKS.local:  # one process a machine prepares …
+        RANKS.wait()  # … the others read its cache
+    train, validation = load_and_prepare_dataset(args, tokenizer, args.overwrite_cache and not RANKS.local)  # chunks
+    if not RANKS.local:  # it is done
+        RANKS.wait()  # lets the others go on, when it is so on all machines
     if validation is None:  # nothing to evaluate on
         if training_args.load_best_model_at_end:  # asked for by a Trainer flag
             fail("--load_best_model_at_end needs validation data: give --validation_file")  # best by what?
@@ -1488,6 +1666,7 @@ def main(argv=None):  # the table of contents
     model = load_model(args.model_name_or_path, tokenizer, args.use_flash_attention)  # float32, still on the CPU
     if not args.evaluate_only:  # is the checkpoint's run really this one?
         facts["settings"] |= digests(model, train)  # the same files, to the last token and weight
+        RANKS.compare("data", facts["settings"])  # each machine may have copies of its own
         checkpoint, manifest = same_run(args, checkpoint, manifest, facts["settings"])  # or a sentence
     past = facts["progress"] = manifest.get("progress", {})  # what earlier calls did: the step, the losses, the time
     if past and past["step"] >= past["max_steps"]:  # only the final save is missing
@@ -1495,6 +1674,7 @@ def main(argv=None):  # the table of contents
             best = json.load(file)["best_global_step"] if training_args.load_best_model_at_end else None  # M, or None
         folder = os.path.join(os.path.dirname(checkpoint), f"checkpoint-{best or past['step']}")  # the one to publish
         model = load_model(folder, tokenizer, args.use_flash_attention)  # trained: nothing is left for the Trainer
+    RANKS.wait()  # one machine may still be downloading: from here on --ddp_timeout is the limit
     try:  # parts that are asked for by a flag and not there
         trainer = make_trainer(model, tokenizer, training_args, train, validation, stop, facts)  # on the device
     except Exception as error:  # --report_to mlflow without mlflow, --push_to_hub without a network, …
@@ -1526,4 +1706,5 @@ def main(argv=None):  # the table of contents
 
 
 if __name__ == "__main__":  # imported by tests, which call the functions above
-    main()  # python main.py, accelerate launch main.py
+    with RANKS.together():  # what ends one of several processes ends all
+        main()  # python main.py, accelerate launch main.py
