@@ -1,0 +1,318 @@
+"""How fast, and in how much memory, four trainers make the same steps on Gemma 3 270M.
+
+    python benchmarks/throughput.py             on whatever is here: one GPU, or the CPU
+    python benchmarks/throughput.py --quick     three short steps of each, to see that it works
+
+    plain   transformers' Trainer as its example run_clm.py calls it: map, default_data_collator, float32 weights
+    trl     TRL's SFTTrainer with its own loss, given the same tokens
+    liger   as plain, with --use_liger_kernel (needs a GPU)
+    ours    python main.py, the command line that a user types
+
+All train the same chunks in the same order, float32 weights under bfloat16 autocast, with the same batch, learning rate
+and optimizer, no gradient checkpointing, a log line a step. The model has the shape of Gemma 3 270M and random weights,
+as speed does not depend on what the weights are; --model takes a real one.
+
+The stopwatch is outside: every run is a fresh process, and this one reads the clock when its log line for a step
+arrives, and asks the kernel for its largest resident memory when it is over. So the trainers are measured alike, and
+main.py knows nothing of being measured. The trainers take turns, in another order each round, and the ratios are made
+within a round, because a machine's speed drifts from minute to minute.
+
+Exit status 1: a trainer failed, or the losses of the first step differ, so that not all did the same work.
+"""
+
+import argparse
+import importlib.util
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+HERE = Path(__file__).resolve().parent
+NAMES = ("plain", "trl", "liger", "ours")
+PEERS = {"trl": "trl==1.16.*", "liger": "liger-kernel==0.8.*"}  # installed beside the script, without dependencies:
+TOLERANCE = 0.01  # … torch and transformers are the machine's. Losses near 12.5, in bfloat16, round differently
+
+# ── The children: each of these functions has a process to itself ────────────────────────────────────────────────────
+
+
+def probe(args):
+    """Import what every trainer imports. Returns: what the machine is; the parent reads off the memory this took."""
+    import datasets  # noqa: F401
+    import torch
+    import transformers
+    from transformers import Gemma3ForCausalLM, Trainer  # noqa: F401  lazy: the names make the modules load
+
+    gpu = torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if gpu else f"CPU, {torch.get_num_threads()} threads"
+    return {"gpu": gpu, "device": device, "torch": torch.__version__, "transformers": transformers.__version__}
+
+
+def make_model(folder):
+    """Save a model of Gemma 3 270M's shape with random weights, and a tokenizer whose words are the ids' numbers."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
+
+    size = 262_144
+    config = Gemma3TextConfig(
+        vocab_size=size, hidden_size=640, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1,
+        head_dim=256, intermediate_size=2048, max_position_embeddings=32_768, sliding_window=512,
+        layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 3, query_pre_attn_scalar=256,
+        tie_word_embeddings=True, bos_token_id=2, eos_token_id=1, pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)  # bfloat16, as Google publishes it
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(size)}, unk_token="3"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1").save_pretrained(folder)
+
+
+def prepare(args):
+    """Make the text once, let main.py's own functions cut it into chunks, and save them for the others.
+
+    Returns: figures of the model. Random ids are decoded to text; the chunks of that text are what all train on.
+    """
+    sys.path.insert(0, str(HERE.parent))
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import main
+
+    if not os.path.isdir(args.model):
+        make_model(args.model + ".part")
+        os.rename(args.model + ".part", args.model)  # whole or absent
+    tokenizer = main.load_tokenizer(args.model, args.length)
+    draw, rows = random.Random(0), args.batch * args.steps
+    with open(f"{args.work}/text.jsonl", "w") as file:
+        for _ in range(2 * rows):  # more than enough: a text decoded and tokenized again may have fewer tokens
+            ids = [draw.randrange(4, len(tokenizer)) for _ in range(args.length)]
+            file.write(json.dumps({"text": tokenizer.decode(ids)}) + "\n")
+    chunks, _ = main.load_and_prepare_dataset(main.parse_args(command_line(args)[1:]), tokenizer)
+    chunks.save_to_disk(f"{args.work}/chunks")
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
+    size = sum(weight.numel() for weight in model.parameters())
+    return {"parameters": size, "flops": main.flops_per_token(model.config, size, args.length), "peaks": main.PEAKS}
+
+
+def command_line(args):
+    """Return the words that train with main.py."""
+    return [str(word) for word in [
+        HERE.parent / "main.py", "--model_name_or_path", args.model, "--train_file", f"{args.work}/text.jsonl",
+        "--max_seq_length", args.length, "--no_truncation", "--max_train_samples", args.batch * args.steps,
+        "--cache_dir", f"{args.work}/cache", "--output_dir", f"{args.work}/out", "--bf16",
+        "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1, "--max_steps", args.steps,
+        "--learning_rate", 2e-5, "--weight_decay", 0.01, "--warmup_steps", 0, "--logging_steps", 1,
+        "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True",
+    ]]  # fmt: skip
+
+
+def train(args):
+    """Train with one of the peers, and save the model as run_clm.py does. Returns: the GPU's peak memory, if any."""
+    import datasets
+    import torch
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments, default_data_collator, set_seed
+
+    set_seed(42)
+    options = {  # what command_line() says; every other setting is the library's own
+        "output_dir": f"{args.work}/out", "per_device_train_batch_size": args.batch, "max_steps": args.steps,
+        "learning_rate": 2e-5, "weight_decay": 0.01, "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no",
+        "report_to": "none", "disable_tqdm": True, "bf16": True, "use_cpu": not torch.cuda.is_available(),
+    }  # fmt: skip
+    chunks = datasets.load_from_disk(f"{args.work}/chunks")
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+    if args.child == "trl":
+        from trl import SFTConfig, SFTTrainer
+
+        options |= {"max_length": args.length, "packing": False, "gradient_checkpointing": False}
+        trainer = SFTTrainer(model=model, args=SFTConfig(**options), train_dataset=chunks)
+    else:
+
+        def label(batch):  # run_clm.py's group_texts ends like this, with the mask that its tokenizer made
+            ids = batch["input_ids"]
+            return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": ids.copy()}
+
+        chunks = chunks.map(label, batched=True)
+        arguments = TrainingArguments(**options, use_liger_kernel=args.child == "liger")
+        trainer = Trainer(model=model, args=arguments, train_dataset=chunks, data_collator=default_data_collator)
+    trainer.train()
+    trainer.save_model()
+    return {"gpu_memory": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {}
+
+
+# ── The parent: starts them in turns, holds the stopwatch ────────────────────────────────────────────────────────────
+
+
+def run(command, args, limit=None):
+    """Run a command to its end.
+
+    Args: limit (float or None): GB of memory of its own that it may ask the kernel for.
+    Returns: status, its lines with their times of arrival, its standard error, and its largest resident memory in GB.
+    """
+
+    def restrict():  # in the child: a run that is too large shall fail, not take the machine with it
+        if limit:
+            resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9), int(limit * 1e9)))
+
+    env = {"CUDA_VISIBLE_DEVICES": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
+    env |= {"PYTHONUNBUFFERED": "1", "HF_DATASETS_CACHE": f"{args.work}/cache"}  # a line arrives when it is printed
+    env["PYTHONPATH"] = os.pathsep.join(filter(None, [f"{args.cache}/peers", os.environ.get("PYTHONPATH")]))
+    with open(f"{args.work}/stderr", "w+") as errors:
+        child = subprocess.Popen([sys.executable, *command], stdout=-1, stderr=errors, text=True, env=env,
+                                 preexec_fn=restrict)  # fmt: skip
+        lines = [(time.perf_counter(), line.strip()) for line in child.stdout]
+        _, status, usage = os.wait4(child.pid, 0)  # of this child alone; it began no larger than this small process
+        child.returncode = os.waitstatus_to_exitcode(status)
+        errors.seek(0)
+        return child.returncode, lines, errors.read(), usage.ru_maxrss * 1024 / 1e9
+
+
+def ask(name, args):
+    """Run one of the functions above in a process of its own. Returns: what it returned, and its memory in GB."""
+    status, lines, errors, memory = run(child(name, args), args)
+    if status:
+        sys.exit(f"{name} failed:\n{errors}")
+    return json.loads(lines[-1][1]), memory
+
+
+def child(name, args):
+    settings = {key: getattr(args, key) for key in ("model", "work", "length", "batch", "steps")}
+    return [__file__, "--child", json.dumps({**settings, "child": name})]
+
+
+def measure(name, args, limit):
+    """Train once. Returns: {"speed", "memory", "loss"}, or {"failed": why}."""
+    command = command_line(args) if name == "ours" else child(name, args)
+    status, lines, errors, memory = run(command, args, limit)
+    shutil.rmtree(f"{args.work}/out", ignore_errors=True)  # a gigabyte of weights
+    full = re.search(r"out of memory|can't allocate memory|MemoryError|bad_alloc", errors, re.IGNORECASE)
+    if status == -9 or (status and full):  # -9: the kernel's own remedy
+        return {"failed": "out of memory"}
+    steps = [(when, line) for when, line in lines if "'loss':" in line]
+    if status or len(steps) != args.steps:
+        print(errors[-3000:], file=sys.stderr)
+        return {"failed": f"exit status {status} after {len(steps)} of {args.steps} steps"}
+    seconds = steps[-1][0] - steps[args.warmup - 1][0]  # the first steps also allocate, tune and compile
+    speed = (args.steps - args.warmup) * args.batch * args.length / seconds
+    numbers = re.findall(r"'(?:peak_memory_gb|gpu_memory)'?\"?: '?([\d.]+)", "\n".join(line for _, line in lines)
+                         .replace('"', "'")) if args.gpu else []  # fmt: skip
+    loss = float(re.search(r"'loss': '?([\d.einfa]+)", steps[0][1])[1])
+    return {"speed": speed, "memory": max(map(float, numbers), default=memory), "loss": loss}
+
+
+def missing(name, args):
+    """Install a peer that is not there yet. Returns: why it cannot run here, or None."""
+    if name == "liger" and not args.gpu:
+        return "skipped: its kernels need a GPU"
+    module = {"trl": "trl", "liger": "liger_kernel"}.get(name)
+    target = Path(args.cache, "peers")
+    if module is None or (target / module).is_dir():
+        return None
+    if args.no_peer_install:
+        return None if importlib.util.find_spec(module) else f"skipped: {module} is not installed"
+    command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), PEERS[name]]
+    return "skipped: pip could not install it" if subprocess.run(command).returncode else None
+
+
+def spread(values, form):
+    """Return "median (smallest to largest)"."""
+    low, middle, high = (format(value, form) for value in (min(values), median(values), max(values)))
+    return middle if len(values) == 1 else f"{middle} ({low} to {high})"
+
+
+def table(results, args, facts):
+    """Yield the rows of the report, in Markdown."""
+    mfu, state = facts["peak"], 16 * facts["parameters"] / 1e9
+    yield "| trainer | tokens/s | × plain | peak memory | above the state | first loss |" + " MFU |" * bool(mfu)
+    yield "|---|---|---|---|---|---|" + "---|" * bool(mfu)
+    for name, rounds in results.items():
+        good = [row for row in rounds if "speed" in row]
+        if not good:
+            yield f"| {name} | {rounds[0]['failed']} | | | | |" + " |" * bool(mfu)
+            continue
+        pairs = zip(rounds, results.get("plain", []), strict=False)  # of the same round
+        ratios = [row["speed"] / plain["speed"] for row, plain in pairs if "speed" in row and "speed" in plain]
+        speed, memory = [row["speed"] for row in good], max(row["memory"] for row in good)
+        cells = [name, spread(speed, ",.0f"), spread(ratios, ".2f") if ratios else "–", f"{memory:.2f} GB"]
+        cells += [f"{memory - state - facts['import']:.2f} GB", f"{good[0]['loss']:.4f}"]
+        cells += [f"{median(speed) * facts['flops'] / mfu / 1e12:.1%}"] if mfu else []
+        yield f"| {' | '.join(cells)} |"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--model", help="directory of a model and its tokenizer; unset: random weights in Gemma 3 270M's shape")
+    add("--batch", type=int, help="chunks a step; 4 on a GPU, 1 on a CPU")
+    add("--length", type=int, help="tokens a chunk; 2048 on a GPU, 1024 on a CPU")
+    add("--steps", type=int, help="of each run; 40 on a GPU, 6 on a CPU; the first fifth is not timed")
+    add("--rounds", type=int, default=5, help="runs of each trainer (default: 5)")
+    add("--only", nargs="+", choices=NAMES, default=NAMES, help="some of the trainers")
+    add("--memory", type=float, help="GB that a run on the CPU may take; unset: what is free now")
+    add("--quick", action="store_true", help="one round of three steps of 64 tokens, unless said otherwise")
+    add("--output", help="file for the table, in Markdown")
+    add("--no-peer-install", action="store_true", help="use the peers that can be imported, install nothing")
+    add("--cache", default=str(HERE / ".cache"), help="where the random model and the peers are kept")
+    add("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:  # started by run()
+        args = argparse.Namespace(**json.loads(args.child))
+        return print(json.dumps({"probe": probe, "prepare": prepare}.get(args.child, train)(args)))
+    os.makedirs(args.cache, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.cache) as args.work:
+        return compare(args)
+
+
+def compare(args):
+    """Measure, print and write the report. Returns: the exit status."""
+    args.model = args.model or f"{args.cache}/gemma-3-270m-random"
+    machine, base = ask("probe", args)
+    args.gpu = machine["gpu"]
+    sizes = (1, 64, 3) if args.quick else (4, 2048, 40) if args.gpu else (1, 1024, 6)
+    args.batch, args.length, args.steps = (
+        given or usual for given, usual in zip((args.batch, args.length, args.steps), sizes, strict=True))  # fmt: skip
+    args.rounds, args.warmup = 1 if args.quick else args.rounds, max(1, args.steps // 5)
+    facts, _ = ask("prepare", args)
+    facts["import"] = 0 if args.gpu else base
+    peak = next((tera for part, tera in facts["peaks"].items() if part in machine["device"]), None)
+    facts["peak"] = peak if args.gpu else None
+    # A CPU run may take what is free now, so that the kernel has no reason to kill it, or another process.
+    free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
+    limit = None if args.gpu else args.memory or int(free[1]) * 1024 / 1e9
+
+    results = {name: [] for name in NAMES if name in args.only}
+    absent = {name: why for name in results if (why := missing(name, args))}
+    for turn in range(args.rounds):
+        order = list(results)[turn % len(results):] + list(results)[: turn % len(results)]  # fmt: skip
+        for name in order:
+            row = {"failed": absent[name]} if name in absent else measure(name, args, limit)
+            results[name].append(row)
+            said = row.get("failed") or f"{row['speed']:,.0f} tokens/s, {row['memory']:.2f} GB, loss {row['loss']:.4f}"
+            print(f"round {turn + 1}  {name:5}  {said}", flush=True)
+
+    lines = [*table(results, args, facts), ""]
+    lines += [f"{machine['device']}; torch {machine['torch']}, transformers {machine['transformers']}; "
+              f"{args.batch} × {args.length:,} tokens a step, {args.steps} steps of which the first {args.warmup} are "
+              f"not timed, {args.rounds} rounds: median (smallest to largest)."]  # fmt: skip
+    lines += [f"State: weights, gradients and Adam's moments in float32, {16 * facts['parameters'] / 1e9:.2f} GB for "
+              f"{facts['parameters'] / 1e6:,.1f} M parameters"
+              + ("." if args.gpu else f"; also taken off: {base:.2f} GB that the imports alone take.")]  # fmt: skip
+    lines += [f"MFU: {facts['flops'] / 1e9:.2f} GFLOP a token, against {peak:,} TFLOP/s."] if facts["peak"] else []
+    losses = [row["loss"] for rounds in results.values() for row in rounds if "loss" in row]
+    agree = bool(losses) and max(losses) - min(losses) <= TOLERANCE
+    lines += [f"The losses of the first step {'agree within' if agree else 'DIFFER by more than'} {TOLERANCE}."]
+    print("", *lines, sep="\n")
+    if args.output:
+        Path(args.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    crashed = [row for rounds in results.values() for row in rounds if row.get("failed", "").startswith("exit")]
+    return 0 if agree and not crashed else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
