@@ -1223,7 +1223,7 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
         @staticmethod  # likewise
         def backward(ctx, upstream, _):  # upstream: d (final loss) / d (sum), a scalar on the device
             """Scale what the forward pass has made."""
-            to_hidden, to_weight = (gradient.mul_(upstream.to(gradient.dtype)) for gradient in ctx.gradients)  # in place
+            to_hidden, to_weight = (gradient.mul_(upstream.to(gradient.dtype)) for gradient in ctx.gradients)  # × it
             return to_hidden, to_weight, None, None, None  # none for labels, cap and with_gradients
 
     own, head = model.forward, model.get_output_embeddings()  # the model's forward pass; its (V, H) matrix

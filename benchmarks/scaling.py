@@ -176,7 +176,8 @@ def measure_inside(folder, steps):
     sizes = json.loads(subprocess.check_output([sys.executable, "-c", MAKE, folder], text=True).splitlines()[-1])
     size = sum(sizes.values())
     print(f"{size / 1e6:.1f} M weights, {size * 4 / 1e6:.0f} MB of gradients, {steps} steps a run\n", flush=True)
-    print("| link | accumulation | gradients | measured | modelled | difference |\n|---|---|---|---|---|---|", flush=True)
+    print("| link | accumulation | gradients | measured | modelled | difference |")
+    print("|---|---|---|---|---|---|", flush=True)
     times = []
     for rate, accumulation, width in CASES:
         throttle(rate)

@@ -2,10 +2,11 @@
 
 import copy
 
-import main
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+
+import main
 
 WIDTH, WORDS = 16, 97
 
