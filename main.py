@@ -310,7 +310,7 @@ class Ranks:  # made by accelerate launch or torchrun
         self.node, self.name = self.rank - self.local, f"rank {self.rank} on {socket.gethostname()}"  # its first rank
         self.store = self.group = self.probe = None  # made by meet() and connect()
         self.over, self.leaving = threading.Event(), threading.Lock()  # this rank ends by itself; one thread ends it
-        self.deadline = math.inf  # a time when connecting takes too long
+        self.tried, self.deadline = False, math.inf  # has begun to connect; a time when that has taken too long
 
     def meet(self, seconds):  # needs the environment variables of the launcher
         """Find the store within some seconds, and begin to listen. Raises: ValueError, RuntimeError."""
@@ -329,6 +329,7 @@ class Ranks:  # made by accelerate launch or torchrun
         """
         import torch.distributed as dist  # has been imported by the Trainer's arguments
 
+        self.tried = True  # what fails now fails on all ranks
         lost = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]  # by
         if lost:  # each process would train on its own, all of them into one output_dir
             fail(f"WORLD_SIZE is {self.size}, but {', '.join(lost)} is not set: start several processes with "  # what
@@ -396,7 +397,7 @@ class Ranks:  # made by accelerate launch or torchrun
         while not self.over.wait(1):  # every second, until this rank ends by itself
             try:  # the store ends with the main machine
                 ended, why = self.news.check(["ended"]), "no connection within twice --ddp_timeout"  # read by whoever
-                patience = 3  # seconds
+                patience = 2  # seconds
             except RuntimeError:  # no answer
                 ended, why, patience = True, f"the connection to {os.environ['MASTER_ADDR']} is lost", 30  # torch knows
             if (ended or time.time() > self.deadline) and not self.over.wait(patience):  # may be ending by itself
@@ -415,7 +416,8 @@ class Ranks:  # made by accelerate launch or torchrun
     def tell(self, said):  # one reason for all
         """Say on every machine what was noted first, and wait until all ranks know it."""
         with contextlib.suppress(Exception):  # the store may be lost: then there is nobody to tell
-            self.meet(30)  # when this rank ends before it was connected
+            if not self.tried:  # a wrong flag, or a file that only this machine lacks
+                self.meet(30)  # the others are about to connect
             why = said if said.startswith(self.name) else f"{self.name}: {said}"  # who ended it
             mine = json.dumps([self.status, self.node, why])  # for whoever looks
             self.status, node, words = json.loads(self.news.compare_set("ended", "", mine))  # mine, or what was there

@@ -1,0 +1,188 @@
+"""Several processes: what they compare before they begin, and how all of them end when one does.
+
+Each rank is started by hand as the only one of its machine, so that it can have flags, files and a main.py of its own.
+"""
+
+import ctypes
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from conftest import ROOT, launch, run, write_jsonl
+from test_hub import ACCELERATE, free_port
+
+ROWS = ["The quick brown fox jumps over the lazy dog. " * 8] * 10
+
+
+@pytest.fixture
+def flags(tiny, tmp_path):
+    text = write_jsonl(tmp_path / "train.jsonl", ROWS)
+    return ["--model_name_or_path", tiny, "--train_file", text, "--max_seq_length", 64, "--max_steps", 2,
+            "--gradient_accumulation_steps", 1, "--report_to", "none", "--cache_dir", tmp_path / "cache",
+            "--output_dir", tmp_path / "out"]  # fmt: skip
+
+
+def place(rank, port, **other):
+    """The environment that a launcher gives to one rank of two."""
+    known = {"RANK": rank, "WORLD_SIZE": 2, "LOCAL_RANK": 0, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in (known | other).items() if value is not None}
+
+
+def both(flags, one=(), prepare=(None, None), **other):
+    """Run two ranks, rank 1 with further flags and environment, each after its own prepare(). Returns: both."""
+    port = free_port()
+    with ThreadPoolExecutor(2) as pool:
+        zero = pool.submit(run, *flags, env=place(0, port), prepare=prepare[0])
+        one = pool.submit(run, *flags, *one, env=place(1, port, **other), prepare=prepare[1])
+        return zero.result(), one.result()
+
+
+def mount(source, target):
+    """Return a function that lets this process alone see `source` in the place of `target`."""
+
+    def prepare():
+        libc = ctypes.CDLL(None, use_errno=True)
+        if libc.unshare(0x20000) and libc.unshare(0x10020000):  # CLONE_NEWNS, for others than root with CLONE_NEWUSER
+            os._exit(99)
+        libc.mount(b"none", b"/", None, 0x44000, None)  # private, recursively
+        if libc.mount(str(source).encode(), str(target).encode(), None, 0x1000, None):  # bind
+            os._exit(99)
+
+    return prepare
+
+
+def errors(done):
+    """The sentences that a rank ended with."""
+    return [line for line in done.err.splitlines() if line.startswith("main.py: error:")]
+
+
+def refused(ranks, *words, status=2):
+    """All ranks ended with the status and with one sentence, which has all the words; nothing else went wrong."""
+    for done in ranks:
+        if done.status == 99:
+            pytest.skip("no mounts here")
+        assert done.status == status, done.err
+        assert len(errors(done)) == 1 and all(word in errors(done)[0] for word in words), done.err
+        assert "Traceback" not in done.err, done.err
+
+
+def test_ranks_with_other_flags_are_refused(flags, tmp_path):
+    """C6, N3: each difference is named, with both values, on both machines; the directory stays empty."""
+    ranks = both(flags, ["--max_steps", 3, "--add_eos", "--cache_dir", tmp_path / "own"])
+    refused(ranks, "rank 1 on ", "--max_steps is 3 instead of 2", "--add_eos is True instead of False")
+    assert "cache_dir" not in ranks[0].err and os.listdir(tmp_path / "out") == []
+
+
+def test_ranks_with_another_main_py_are_refused(flags, tmp_path):
+    """C6, N3: both machines need the same trainer."""
+    other = tmp_path / "main.py"
+    other.write_text((ROOT / "main.py").read_text() + "\n")
+    refused(both(flags, prepare=(None, mount(other, ROOT / "main.py"))), "main.py is '")
+
+
+def test_another_number_of_processes_is_refused(flags):
+    """C6, N3: two launchers with different totals."""
+    refused(both(flags, WORLD_SIZE=3), "WORLD_SIZE is 3 instead of 2")
+    accelerate = {"ACCELERATE_MIXED_PRECISION": "no", "LOCAL_WORLD_SIZE": 2}
+    refused(both(flags, **accelerate), "--num_processes", "'2' instead of None")
+
+
+@pytest.mark.slow
+def test_an_output_dir_that_is_not_shared_is_refused(flags, tmp_path):
+    """B10, B13: the same name, another directory; nothing is left in either."""
+    for name in ("out", "own"):
+        (tmp_path / name).mkdir()
+    ranks = both(flags, prepare=(None, mount(tmp_path / "own", tmp_path / "out")))
+    refused(ranks, "storage that all machines share", str(tmp_path / "out"))
+    assert os.listdir(tmp_path / "out") == os.listdir(tmp_path / "own") == []
+
+
+def test_a_missing_file_on_one_machine_ends_all(flags, tmp_path):
+    """B13: also before the processes are connected; the sentence of the one is read on the other."""
+    began = time.time()
+    ranks = both(flags, ["--train_file", tmp_path / "none.jsonl"])
+    refused(ranks, "no such file")
+    assert "rank 1 on " in ranks[0].err and time.time() - began < 30
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_bad_data_on_one_machine_ends_all(flags, tmp_path, rank):
+    """B13: while the other one waits for the end of the preparation."""
+    (tmp_path / "bad.jsonl").write_text('{"text": 1\n')
+    began, bad = time.time(), mount(tmp_path / "bad.jsonl", tmp_path / "train.jsonl")
+    ranks = both(flags, prepare=(None, bad) if rank else (bad, None))
+    refused(ranks, "train.jsonl, line 1: broken JSON")
+    assert f"rank {rank} on " in ranks[1 - rank].err and time.time() - began < 30
+
+
+def test_other_data_on_one_machine_is_refused(flags, tmp_path):
+    """B13: each machine may have its own copy of a file, but not another one."""
+    other = mount(write_jsonl(tmp_path / "other.jsonl", ROWS[1:]), tmp_path / "train.jsonl")
+    ranks = both(flags, ["--cache_dir", tmp_path / "own"], prepare=(None, other))
+    refused(ranks, "train_data is '", "instead of")
+
+
+def test_several_processes_that_cannot_find_each_other_are_refused(flags):
+    """C6: they would train into one directory, each by itself."""
+    for name in ("MASTER_ADDR", "LOCAL_RANK"):
+        done = run(*flags, env=place(0, free_port(), **{name: None}))
+        refused([done], f"WORLD_SIZE is 2, but {name} is not set")
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked(flags, rank):
+    """C6: --ddp_timeout holds from the beginning, also without a GPU."""
+    began = time.time()
+    done = run(*flags, "--ddp_timeout", 3, env=place(rank, free_port()))
+    refused([done], "2 processes could not connect at 127.0.0.1:", "--ddp_timeout 3", status=1)
+    assert time.time() - began < 30
+
+
+def test_a_failure_in_training_ends_all(flags):
+    """B10, B13: rank 0 cannot write its checkpoint; rank 1, which waits for it, says why."""
+    limit = (100_000, 100_000)  # bytes a file
+    ranks = both(flags, prepare=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), None))
+    refused(ranks, "File too large", status=1)
+    assert "rank 0 on " in ranks[1].err
+
+
+def test_two_ranks_train_and_evaluate(flags):
+    """B13: what is refused above is fine otherwise, also a second time, and without training."""
+    for more in ([], [], ["--do_eval", "--validation_file", flags[3]]):
+        ranks = both([*flags, *more], more)
+        assert [done.status for done in ranks] == [0, 0], ranks
+    assert "Done" in ranks[0].out and ranks[1].out == ""
+
+
+@pytest.mark.slow
+def test_data_may_take_longer_than_the_timeout(flags):
+    """B13: --ddp_timeout does not end the process that waits for another one's preparation of the data."""
+    port, flags = free_port(), [*flags, "--ddp_timeout", 10]
+    command = [sys.executable, ROOT / "main.py", *flags]
+    ranks = [subprocess.Popen([str(word) for word in command], env=os.environ | place(rank, port, LOCAL_RANK=rank),
+                              stdout=-3, stderr=-1, text=True) for rank in (0, 1)]  # fmt: skip
+    seen = ""
+    while "Generating" not in seen:
+        seen += (more := ranks[0].stderr.read(1))
+        assert more, seen
+    ranks[0].send_signal(signal.SIGSTOP)
+    time.sleep(15)
+    ranks[0].send_signal(signal.SIGCONT)
+    said = [process.communicate(timeout=120)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], said
+
+
+@pytest.mark.slow
+def test_bad_data_under_a_launcher_is_said_once(flags, tmp_path):
+    """B13, C9: one machine, two processes, one sentence, and no half minute of waiting."""
+    (tmp_path / "train.jsonl").write_text('{"text": 1\n')
+    words = [ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", free_port()]
+    began = time.time()
+    done = launch(*words, "--mixed_precision", "no", ROOT / "main.py", *flags)
+    assert done.status and len(errors(done)) == 1 and "broken JSON" in errors(done)[0], done.err
+    assert time.time() - began < 60
