@@ -440,11 +440,11 @@ class Ranks:  # made by accelerate launch or torchrun
             yield  # hours
             self.wait()  # for what rank 0 saves last
         except BaseException as error:  # also SystemExit, which fail() raises
-            if self.size == 1 or getattr(error, "code", 1) == 0:  # one process, or --help
+            status = (error.code or 0) if isinstance(error, SystemExit) else 1  # what fail() was given
+            if self.size == 1 or not status:  # one process, or --help
                 raise  # as Python does it
             self.over.set()  # no need to listen any more
             self.leaving.acquire()  # unless the listener has begun to leave: then this waits until it has
-            status = getattr(error, "code", 1)  # what fail() was given
             for number_ in (signal.SIGTERM, signal.SIGINT):  # the launcher ends the others of this machine
                 signal.signal(number_, lambda *_: os._exit(status))  # nothing is left to do here
             if not isinstance(error, SystemExit):  # nobody has explained it

@@ -440,7 +440,8 @@ def test_a_directory_is_a_model_too(hub, no_torch, tiny, tmp_path):
 def test_without_a_network_it_takes_seconds(tmp_path):
     """V4 to V6: no route, no names: one FAIL for the model, nothing hangs, a single machine needs no network."""
     script = 'ip link set lo up; exec "$@"'
-    done = verify(env={"OUTPUT_DIR": tmp_path, "HF_ENDPOINT": None}, before=[*NAMESPACE, script, "sh"])
+    env = {"OUTPUT_DIR": tmp_path, "HF_HOME": tmp_path / "home", "HF_ENDPOINT": None}
+    done = verify(env=env, before=[*NAMESPACE, script, "sh"])
     assert done.seconds < 30
     expect(done, "model access", "FAIL", "no answer from https://huggingface.co", "--model DIR")
     expect(done, "addresses", "PASS", "none but loopback")
@@ -451,7 +452,7 @@ def test_a_hub_that_never_answers_is_given_up(no_torch, tmp_path):
     """V4, V6: a server that takes the connection and stays silent costs seconds."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
         endpoint = f"http://127.0.0.1:{silent.getsockname()[1]}"
-        done = verify(env=no_torch | {"OUTPUT_DIR": tmp_path, "HF_ENDPOINT": endpoint})
+        done = verify(env=no_torch | {"OUTPUT_DIR": tmp_path, "HF_HOME": tmp_path / "home", "HF_ENDPOINT": endpoint})
     expect(done, "model access", "FAIL", f"no answer from {endpoint}")
     assert done.seconds < 15
 
@@ -459,5 +460,6 @@ def test_a_hub_that_never_answers_is_given_up(no_torch, tmp_path):
 def test_a_hub_with_another_answer_is_quoted(no_torch, tmp_path):
     """V4: another hub than Hugging Face's may know nothing, and its page is the one that is named."""
     with StubHub() as other:
-        done = verify(env=no_torch | GOOD | {"OUTPUT_DIR": tmp_path, "HF_ENDPOINT": other.endpoint})
+        env = {"OUTPUT_DIR": tmp_path, "HF_HOME": tmp_path / "home", "HF_ENDPOINT": other.endpoint}
+        done = verify(env=no_torch | GOOD | env)
     expect(done, "model access", "FAIL", "refuses your token", f"{other.endpoint}/settings/tokens")
