@@ -182,8 +182,9 @@ def ask(name, args):
 
 
 def child(name, args):
-    settings = {key: getattr(args, key) for key in ("model", "work", "length", "batch", "steps")}
-    return [__file__, "--child", json.dumps({**settings, "child": name})]
+    """Return the words that start this script as one of the functions above."""
+    settings = {key: getattr(args, key, None) for key in ("model", "work", "length", "batch", "steps")}
+    return [__file__, "--child", json.dumps(settings | {"child": name})]
 
 
 def measure(name, args, limit):
@@ -200,8 +201,8 @@ def measure(name, args, limit):
         return {"failed": f"exit status {status} after {len(steps)} of {args.steps} steps"}
     seconds = steps[-1][0] - steps[args.warmup - 1][0]  # the first steps also allocate, tune and compile
     speed = (args.steps - args.warmup) * args.batch * args.length / seconds
-    numbers = re.findall(r"'(?:peak_memory_gb|gpu_memory)'?\"?: '?([\d.]+)", "\n".join(line for _, line in lines)
-                         .replace('"', "'")) if args.gpu else []  # fmt: skip
+    said = "\n".join(line for _, line in lines) if args.gpu else ""  # only a trainer itself knows its GPU memory
+    numbers = re.findall(r"""['"](?:peak_memory_gb|gpu_memory)['"]: '?([\d.]+)""", said)
     loss = float(re.search(r"'loss': '?([\d.einfa]+)", steps[0][1])[1])
     return {"speed": speed, "memory": max(map(float, numbers), default=memory), "loss": loss}
 
@@ -279,34 +280,34 @@ def compare(args):
         given or usual for given, usual in zip((args.batch, args.length, args.steps), sizes, strict=True))  # fmt: skip
     args.rounds, args.warmup = 1 if args.quick else args.rounds, max(1, args.steps // 5)
     facts, _ = ask("prepare", args)
-    facts["import"] = 0 if args.gpu else base
     peak = next((tera for part, tera in facts["peaks"].items() if part in machine["device"]), None)
-    facts["peak"] = peak if args.gpu else None
+    facts |= {"import": 0 if args.gpu else base, "peak": peak if args.gpu else None}
     # A CPU run may take what is free now, so that the kernel has no reason to kill it, or another process.
-    free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    limit = None if args.gpu else args.memory or int(free[1]) * 1024 / 1e9
+    free = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
+    limit = None if args.gpu else args.memory or free
 
     results = {name: [] for name in NAMES if name in args.only}
     absent = {name: why for name in results if (why := missing(name, args))}
     for turn in range(args.rounds):
-        order = list(results)[turn % len(results):] + list(results)[: turn % len(results)]  # fmt: skip
-        for name in order:
+        first = turn % len(results)
+        for name in [*results, *results][first : first + len(results)]:
             row = {"failed": absent[name]} if name in absent else measure(name, args, limit)
             results[name].append(row)
             said = row.get("failed") or f"{row['speed']:,.0f} tokens/s, {row['memory']:.2f} GB, loss {row['loss']:.4f}"
             print(f"round {turn + 1}  {name:5}  {said}", flush=True)
 
-    lines = [*table(results, args, facts), ""]
-    lines += [f"{machine['device']}; torch {machine['torch']}, transformers {machine['transformers']}; "
-              f"{args.batch} × {args.length:,} tokens a step, {args.steps} steps of which the first {args.warmup} are "
-              f"not timed, {args.rounds} rounds: median (smallest to largest)."]  # fmt: skip
-    lines += [f"State: weights, gradients and Adam's moments in float32, {16 * facts['parameters'] / 1e9:.2f} GB for "
-              f"{facts['parameters'] / 1e6:,.1f} M parameters"
-              + ("." if args.gpu else f"; also taken off: {base:.2f} GB that the imports alone take.")]  # fmt: skip
-    lines += [f"MFU: {facts['flops'] / 1e9:.2f} GFLOP a token, against {peak:,} TFLOP/s."] if facts["peak"] else []
     losses = [row["loss"] for rounds in results.values() for row in rounds if "loss" in row]
-    agree = bool(losses) and max(losses) - min(losses) <= TOLERANCE
-    lines += [f"The losses of the first step {'agree within' if agree else 'DIFFER by more than'} {TOLERANCE}."]
+    agree = bool(losses) and max(losses) - min(losses) <= TOLERANCE  # False for a NaN, too
+    imports = "" if args.gpu else f"; above the state: less the {base:.2f} GB that the imports alone take, too"
+    lines = [
+        *table(results, args, facts),
+        f"\n{machine['device']}; torch {machine['torch']}, transformers {machine['transformers']}; {args.batch} × "
+        f"{args.length:,} tokens a step, {args.steps} steps, of which the first {args.warmup} not timed; rounds: "
+        f"{args.rounds}; median (smallest to largest).",
+        f"State: weights, gradients and Adam's moments in float32, {16 * facts['parameters'] / 1e9:.2f} GB{imports}.",
+        f"The losses of the first step {'agree within' if agree else 'DIFFER by more than'} {TOLERANCE}.",
+    ]
+    lines += [f"MFU: {facts['flops'] / 1e9:.2f} GFLOP a token, against {peak:,} TFLOP/s."] if facts["peak"] else []
     print("", *lines, sep="\n")
     if args.output:
         Path(args.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
