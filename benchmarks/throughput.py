@@ -199,12 +199,11 @@ def missing(name, args):
     """Install a peer that is not there yet. Returns: why it cannot run here, or None."""
     if name == "liger" and not args.gpu:
         return "skipped: its kernels need a GPU"
-    module = {"trl": "trl", "liger": "liger_kernel"}.get(name)
-    target = Path(args.cache, "peers")
-    if module is None or (target / module).is_dir() or (args.no_peer_install and importlib.util.find_spec(module)):
+    module, target = {"trl": "trl", "liger": "liger_kernel"}.get(name), Path(args.cache, "peers")
+    if module is None or (target / module).is_dir():
         return None
     if args.no_peer_install:
-        return f"skipped: {module} is not installed"
+        return None if importlib.util.find_spec(module) else f"skipped: {module} is not installed"
     command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(target), PEERS[name]]
     return "skipped: pip could not install it" if subprocess.run(command).returncode else None
 
@@ -268,9 +267,8 @@ def compare(args):
     facts, _ = ask("prepare", args)
     peak = next((tera for part, tera in facts["peaks"].items() if part in machine["device"]), None)
     facts |= {"import": 0 if args.gpu else base, "peak": peak if args.gpu else None}
-    # What is free now, so that the kernel has no reason to kill this run or another process.
     free = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
-    limit = None if args.gpu else args.memory or free
+    limit = None if args.gpu else args.memory or free  # so that the kernel has no reason to kill anybody
 
     results = {name: [] for name in NAMES if name in args.only}
     absent = {name: why for name in results if (why := missing(name, args))}
@@ -295,8 +293,7 @@ def compare(args):
     lines += [f"MFU: {facts['flops'] / 1e9:.2f} GFLOP a token, against {peak:,} TFLOP/s."] if facts["peak"] else []
     print("", *lines, sep="\n")
     Path(args.output or os.devnull).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    crashed = [row for rounds in results.values() for row in rounds if row.get("failed", "").startswith("exit")]
-    return 0 if agree and not crashed else 1
+    return int(not agree or any("exit status" in row.get("failed", "") for rows in results.values() for row in rows))
 
 
 if __name__ == "__main__":
