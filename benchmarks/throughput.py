@@ -1,7 +1,6 @@
 """How fast, and in how much memory, four trainers make the same steps on Gemma 3 270M.
 
-    python benchmarks/throughput.py             on whatever is here: one GPU, or the CPU
-    python benchmarks/throughput.py --quick     three short steps of each, to see that it works
+    python benchmarks/throughput.py             on what there is, a GPU or the CPU; --quick: three short steps of each
 
     plain   transformers' Trainer as its example run_clm.py calls it: map, default_data_collator, float32 weights
     trl     TRL's SFTTrainer with its own loss, given the same tokens
@@ -12,10 +11,9 @@ All train the same chunks in the same order, float32 weights under bfloat16 auto
 and optimizer, no gradient checkpointing, a log line a step. The model has the shape of Gemma 3 270M and random weights,
 as speed does not depend on what the weights are; --model takes a real one.
 
-The stopwatch is outside: every run is a fresh process, and this one reads the clock when its log line for a step
-arrives, and asks the kernel for its largest resident memory when it is over. So the trainers are measured alike, and
-main.py knows nothing of being measured. The trainers take turns, in another order each round, and the ratios are made
-within a round, because a machine's speed drifts from minute to minute.
+The stopwatch is outside: every run is a fresh process, whose log lines this one times, and of whose largest memory it
+asks the kernel at the end. So all are measured alike, and main.py knows nothing of it. The trainers take turns, in
+another order each round, and ratios are made within a round: a machine's speed drifts from minute to minute.
 
 Exit status 1: a trainer failed, or the losses of the first step differ, so that not all did the same work.
 """
@@ -37,8 +35,8 @@ from statistics import median
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("plain", "trl", "liger", "ours")
-PEERS = {"trl": "trl==1.16.*", "liger": "liger-kernel==0.8.*"}  # installed beside the script, without dependencies:
-TOLERANCE = 0.01  # … torch and transformers are the machine's. Losses near 12.5, in bfloat16, round differently
+PEERS = {"trl": "trl==1.16.*", "liger": "liger-kernel==0.8.*"}  # without dependencies: torch is the machine's
+TOLERANCE = 0.01  # of losses near 12.5, which in bfloat16 round differently
 
 # ── The children: each of these functions has a process to itself ────────────────────────────────────────────────────
 
@@ -61,33 +59,29 @@ def make_model(folder):
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig, PreTrainedTokenizerFast
 
-    size = 262_144
     config = Gemma3TextConfig(
-        vocab_size=size, hidden_size=640, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1,
+        vocab_size=262_144, hidden_size=640, num_hidden_layers=18, num_attention_heads=4, num_key_value_heads=1,
         head_dim=256, intermediate_size=2048, max_position_embeddings=32_768, sliding_window=512,
         layer_types=(["sliding_attention"] * 5 + ["full_attention"]) * 3, query_pre_attn_scalar=256,
         tie_word_embeddings=True, bos_token_id=2, eos_token_id=1, pad_token_id=0,
     )  # fmt: skip
     torch.manual_seed(0)
     Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(folder)  # bfloat16, as Google publishes it
-    words = Tokenizer(models.WordLevel({str(number): number for number in range(size)}, unk_token="3"))
+    words = Tokenizer(models.WordLevel({str(number): number for number in range(262_144)}, unk_token="3"))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     PreTrainedTokenizerFast(tokenizer_object=words, pad_token="0", eos_token="1").save_pretrained(folder)
 
 
 def prepare(args):
-    """Make the text once, let main.py's own functions cut it into chunks, and save them for the others.
-
-    Returns: figures of the model. Random ids are decoded to text; the chunks of that text are what all train on.
-    """
+    """Decode random ids to text, let main.py's functions cut it into chunks, save these. Returns: model's figures."""
     sys.path.insert(0, str(HERE.parent))
     from transformers import AutoConfig, AutoModelForCausalLM
 
     import main
 
     if not os.path.isdir(args.model):
-        make_model(args.model + ".part")
-        os.rename(args.model + ".part", args.model)  # whole or absent
+        make_model(args.work + "/model")
+        os.rename(args.work + "/model", args.model)  # whole or absent
     tokenizer = main.load_tokenizer(args.model, args.length)
     draw, rows = random.Random(0), args.batch * args.steps
     with open(f"{args.work}/text.jsonl", "w") as file:
@@ -97,7 +91,7 @@ def prepare(args):
     chunks, _ = main.load_and_prepare_dataset(main.parse_args(command_line(args)[1:]), tokenizer)
     chunks.save_to_disk(f"{args.work}/chunks")
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
-    size = sum(weight.numel() for weight in model.parameters())
+    size = model.num_parameters()
     return {"parameters": size, "flops": main.flops_per_token(model.config, size, args.length), "peaks": main.PEAKS}
 
 
@@ -150,22 +144,18 @@ def train(args):
 
 
 def run(command, args, limit=None):
-    """Run a command to its end.
+    """Run a command to its end, in `limit` GB of memory of its own if that is not None.
 
-    Args: limit (float or None): GB of memory of its own that it may ask the kernel for.
     Returns: status, its lines with their times of arrival, its standard error, and its largest resident memory in GB.
     """
-
-    def restrict():  # in the child: a run that is too large shall fail, not take the machine with it
-        if limit:
-            resource.setrlimit(resource.RLIMIT_DATA, (int(limit * 1e9), int(limit * 1e9)))
-
+    size = int((limit or 0) * 1e9)
+    restrict = size and (lambda: resource.setrlimit(resource.RLIMIT_DATA, (size, size)))
     env = {"CUDA_VISIBLE_DEVICES": "0", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | os.environ
-    env |= {"PYTHONUNBUFFERED": "1", "HF_DATASETS_CACHE": f"{args.work}/cache"}  # a line arrives when it is printed
+    env |= {"PYTHONUNBUFFERED": "1", "HF_DATASETS_CACHE": f"{args.work}/cache"}  # lines arrive when they are printed
     env["PYTHONPATH"] = os.pathsep.join(filter(None, [f"{args.cache}/peers", os.environ.get("PYTHONPATH")]))
     with open(f"{args.work}/stderr", "w+") as errors:
-        child = subprocess.Popen([sys.executable, *command], stdout=-1, stderr=errors, text=True, env=env,
-                                 preexec_fn=restrict)  # fmt: skip
+        child = subprocess.Popen(
+            [sys.executable, *command], stdout=-1, stderr=errors, text=True, env=env, preexec_fn=restrict or None)
         lines = [(time.perf_counter(), line.strip()) for line in child.stdout]
         _, status, usage = os.wait4(child.pid, 0)  # of this child alone; it began no larger than this small process
         child.returncode = os.waitstatus_to_exitcode(status)
@@ -176,14 +166,13 @@ def run(command, args, limit=None):
 def ask(name, args):
     """Run one of the functions above in a process of its own. Returns: what it returned, and its memory in GB."""
     status, lines, errors, memory = run(child(name, args), args)
-    if status:
-        sys.exit(f"{name} failed:\n{errors}")
-    return json.loads(lines[-1][1]), memory
+    return (json.loads(lines[-1][1]), memory) if status == 0 else sys.exit(f"{name} failed:\n{errors}")
 
 
 def child(name, args):
-    settings = {key: getattr(args, key) for key in ("model", "work", "length", "batch", "steps")}
-    return [__file__, "--child", json.dumps({**settings, "child": name})]
+    """Return the words that start this script as one of the functions above."""
+    settings = {key: getattr(args, key, None) for key in ("model", "work", "length", "batch", "steps")}
+    return [__file__, "--child", json.dumps(settings | {"child": name})]
 
 
 def measure(name, args, limit):
@@ -200,8 +189,8 @@ def measure(name, args, limit):
         return {"failed": f"exit status {status} after {len(steps)} of {args.steps} steps"}
     seconds = steps[-1][0] - steps[args.warmup - 1][0]  # the first steps also allocate, tune and compile
     speed = (args.steps - args.warmup) * args.batch * args.length / seconds
-    numbers = re.findall(r"'(?:peak_memory_gb|gpu_memory)'?\"?: '?([\d.]+)", "\n".join(line for _, line in lines)
-                         .replace('"', "'")) if args.gpu else []  # fmt: skip
+    said = "\n".join(line for _, line in lines) if args.gpu else ""  # only a trainer itself knows its GPU memory
+    numbers = re.findall(r"""['"](?:peak_memory_gb|gpu_memory)['"]: '?([\d.]+)""", said)
     loss = float(re.search(r"'loss': '?([\d.einfa]+)", steps[0][1])[1])
     return {"speed": speed, "memory": max(map(float, numbers), default=memory), "loss": loss}
 
@@ -210,8 +199,7 @@ def missing(name, args):
     """Install a peer that is not there yet. Returns: why it cannot run here, or None."""
     if name == "liger" and not args.gpu:
         return "skipped: its kernels need a GPU"
-    module = {"trl": "trl", "liger": "liger_kernel"}.get(name)
-    target = Path(args.cache, "peers")
+    module, target = {"trl": "trl", "liger": "liger_kernel"}.get(name), Path(args.cache, "peers")
     if module is None or (target / module).is_dir():
         return None
     if args.no_peer_install:
@@ -221,9 +209,7 @@ def missing(name, args):
 
 
 def spread(values, form):
-    """Return "median (smallest to largest)"."""
-    low, middle, high = (format(value, form) for value in (min(values), median(values), max(values)))
-    return middle if len(values) == 1 else f"{middle} ({low} to {high})"
+    return f"{median(values):{form}}" + f" ({min(values):{form}} to {max(values):{form}})" * (len(values) > 1)
 
 
 def table(results, args, facts):
@@ -275,43 +261,39 @@ def compare(args):
     machine, base = ask("probe", args)
     args.gpu = machine["gpu"]
     sizes = (1, 64, 3) if args.quick else (4, 2048, 40) if args.gpu else (1, 1024, 6)
-    args.batch, args.length, args.steps = (
-        given or usual for given, usual in zip((args.batch, args.length, args.steps), sizes, strict=True))  # fmt: skip
+    for name, usual in zip(("batch", "length", "steps"), sizes, strict=True):
+        setattr(args, name, getattr(args, name) or usual)
     args.rounds, args.warmup = 1 if args.quick else args.rounds, max(1, args.steps // 5)
     facts, _ = ask("prepare", args)
-    facts["import"] = 0 if args.gpu else base
     peak = next((tera for part, tera in facts["peaks"].items() if part in machine["device"]), None)
-    facts["peak"] = peak if args.gpu else None
-    # A CPU run may take what is free now, so that the kernel has no reason to kill it, or another process.
-    free = re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())
-    limit = None if args.gpu else args.memory or int(free[1]) * 1024 / 1e9
+    facts |= {"import": 0 if args.gpu else base, "peak": peak if args.gpu else None}
+    free = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
+    limit = None if args.gpu else args.memory or free  # so that the kernel has no reason to kill anybody
 
     results = {name: [] for name in NAMES if name in args.only}
     absent = {name: why for name in results if (why := missing(name, args))}
     for turn in range(args.rounds):
-        order = list(results)[turn % len(results):] + list(results)[: turn % len(results)]  # fmt: skip
-        for name in order:
+        first = turn % len(results)
+        for name in [*results, *results][first : first + len(results)]:
             row = {"failed": absent[name]} if name in absent else measure(name, args, limit)
             results[name].append(row)
             said = row.get("failed") or f"{row['speed']:,.0f} tokens/s, {row['memory']:.2f} GB, loss {row['loss']:.4f}"
             print(f"round {turn + 1}  {name:5}  {said}", flush=True)
-
-    lines = [*table(results, args, facts), ""]
-    lines += [f"{machine['device']}; torch {machine['torch']}, transformers {machine['transformers']}; "
-              f"{args.batch} × {args.length:,} tokens a step, {args.steps} steps of which the first {args.warmup} are "
-              f"not timed, {args.rounds} rounds: median (smallest to largest)."]  # fmt: skip
-    lines += [f"State: weights, gradients and Adam's moments in float32, {16 * facts['parameters'] / 1e9:.2f} GB for "
-              f"{facts['parameters'] / 1e6:,.1f} M parameters"
-              + ("." if args.gpu else f"; also taken off: {base:.2f} GB that the imports alone take.")]  # fmt: skip
-    lines += [f"MFU: {facts['flops'] / 1e9:.2f} GFLOP a token, against {peak:,} TFLOP/s."] if facts["peak"] else []
     losses = [row["loss"] for rounds in results.values() for row in rounds if "loss" in row]
-    agree = bool(losses) and max(losses) - min(losses) <= TOLERANCE
-    lines += [f"The losses of the first step {'agree within' if agree else 'DIFFER by more than'} {TOLERANCE}."]
+    agree = not losses or max(losses) - min(losses) <= TOLERANCE  # False for a NaN, too
+    imports = "" if args.gpu else f"; above the state: less the {base:.2f} GB that the imports alone take, too"
+    lines = [
+        *table(results, args, facts),
+        f"\n{machine['device']}; torch {machine['torch']}, transformers {machine['transformers']}; {args.batch} × "
+        f"{args.length:,} tokens a step, {args.steps} steps, of which the first {args.warmup} not timed; rounds: "
+        f"{args.rounds}; median (smallest to largest).",
+        f"State: weights, gradients and Adam's moments in float32, {16 * facts['parameters'] / 1e9:.2f} GB{imports}.",
+        f"The losses of the first step {'agree within' if agree else 'DIFFER by more than'} {TOLERANCE}.",
+    ]
+    lines += [f"MFU: {facts['flops'] / 1e9:.2f} GFLOP a token, against {peak:,} TFLOP/s."] if facts["peak"] else []
     print("", *lines, sep="\n")
-    if args.output:
-        Path(args.output).write_text("\n".join(lines) + "\n", encoding="utf-8")
-    crashed = [row for rounds in results.values() for row in rounds if row.get("failed", "").startswith("exit")]
-    return 0 if agree and not crashed else 1
+    Path(args.output or os.devnull).write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return int(not agree or any("exit status" in row.get("failed", "") for rows in results.values() for row in rows))
 
 
 if __name__ == "__main__":
