@@ -798,6 +798,7 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
             self.signal, self.time = number_, self.time or time.time()  # the end of the step will see it
             os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # print may be interrupted
         else:  # before or after training, or impatience
+            self.signal = number_  # kept, as Python ignores an exit inside a destructor: then the first step sees it
             self.leave(number_, "")  # what was saved before is whole
 
     def leave(self, number_, saved):  # the one way out
