@@ -786,8 +786,14 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
         self.signal, self.time, self.training, self.owner = 0, 0.0, False, os.getpid()  # 0: none so far
         for number_ in (signal.SIGTERM, signal.SIGINT):  # kill -9 cannot be caught, and need not be
             signal.signal(number_, self.receive)  # Python calls it between two of its own instructions
+        os.register_at_fork(after_in_child=self.release)  # tokenizer processes have to end when their pool says so
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # started by a launcher …
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # … whose death shall reach us, too (PR_SET_PDEATHSIG of Linux)
+
+    def release(self):  # runs in every process that Python forks
+        """Let SIGTERM end a tokenizer's process at once: in Python a handler waits as long as a lock is waited for."""
+        if not self.training:  # data loaders live on until the checkpoint is written
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the system's own, else the pool would wait for ever
 
     def receive(self, number_, frame):  # the signature that Python wants
         """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
