@@ -1495,8 +1495,11 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         runs = os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(output_dir, "runs")  # one folder, one curve
         trainer.remove_callback(TensorBoardCallback)  # instead of it:
         first = None if train is None else past.get("step", -1) + 1  # the first step to come; --do_eval makes none
-        writer = SummaryWriter(runs, purge_step=first)  # TensorBoard hides what an earlier call wrote from there on
-        trainer.add_callback(TensorBoardCallback(writer))  # flushes after every line
+        if not past or past["step"] < past["max_steps"]:  # there are steps to make
+            writer = SummaryWriter(runs, purge_step=first)  # hides what an earlier call wrote from there on
+            board = TensorBoardCallback(writer)  # flushes after every line, closes after the last step
+            board._SummaryWriter = None  # or the final evaluation, a result, would open another folder and curve
+            trainer.add_callback(board)  # beside the console
     return trainer  # ready to train or to evaluate
 
 

@@ -1,7 +1,8 @@
 """Runs main.py in forks that a library, preloaded into this process, kills at the k-th change below a directory.
 
 Reads one JSON object a line: {"argv": […], "place": directory, "k": 0 for no kill, "seconds": null, or when to send
-itself "signal"}. Answers with {"status", "out", "err", "changes"}.
+itself "signal", "env": {…} or null, "limit": seconds after which SIGALRM ends it, 0 for none}. Answers with {"status",
+"out", "err", "changes", "orphans": the commands of processes that are still there two seconds after it}.
 """
 
 import ctypes
@@ -9,6 +10,8 @@ import json
 import os
 import signal
 import sys
+import time
+from pathlib import Path
 
 answers = os.fdopen(os.dup(1), "w")
 os.dup2(2, 1)  # nothing else may speak to the one who reads our answers
@@ -16,15 +19,33 @@ os.dup2(2, 1)  # nothing else may speak to the one who reads our answers
 from conftest import run  # noqa: E402  imports torch and transformers, once
 
 library = ctypes.CDLL(os.environ["LD_PRELOAD"])
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become our children
+
+
+def orphans():
+    """Wait up to two seconds for all children to end. Returns: [command line] of those that have not."""
+    for _ in range(40):
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return []
+        time.sleep(0.05)
+    left = Path("/proc/self/task", str(os.getpid()), "children").read_text().split()
+    return [Path("/proc", number, "cmdline").read_text().replace("\0", " ") for number in left]
+
+
 for line in sys.stdin:
     job = json.loads(line)
 
     def prepare(job=job):
         library.kill_at(job["place"].encode(), job["k"])
-        if job.get("seconds"):
+        if job["limit"]:
+            signal.alarm(job["limit"])
+        if job["seconds"]:
             signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), job["signal"]))
             signal.setitimer(signal.ITIMER_REAL, job["seconds"])
 
     library.kill_at(b"", 0)  # the counter is shared with the fork
-    done = run(*job["argv"], prepare=prepare)
-    print(json.dumps(vars(done) | {"changes": library.kill_count()}), file=answers, flush=True)
+    done = run(*job["argv"], prepare=prepare, env=job["env"])
+    print(json.dumps(vars(done) | {"changes": library.kill_count(), "orphans": orphans()}), file=answers, flush=True)

@@ -24,16 +24,22 @@ TABLE = {}
 class Server:
     """A process with the killing library in it, which runs main.py in forks."""
 
-    def __init__(self, library):
-        command = [sys.executable, str(ROOT / "tests" / "kill_server.py")]
-        self.process = subprocess.Popen(
-            command, env=os.environ | {"LD_PRELOAD": str(library)}, stdin=-1, stdout=-1, stderr=-3, text=True
-        )
+    def __init__(self, library, *before):
+        command = [*before, sys.executable, str(ROOT / "tests" / "kill_server.py")]
+        env = os.environ | {"LD_PRELOAD": str(library)}
+        self.process = subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=-3, text=True)
 
-    def run(self, argv, place, k=0, seconds=None, number=signal.SIGKILL):
-        job = {"argv": [str(word) for word in argv], "place": str(place), "k": k, "seconds": seconds, "signal": number}
+    def start(self, argv, place, k=0, seconds=None, number=signal.SIGKILL, env=None, limit=0):
+        job = {"argv": [str(word) for word in argv], "place": str(place), "k": k, "seconds": seconds, "signal": number,
+               "env": env, "limit": limit}  # fmt: skip
         print(json.dumps(job), file=self.process.stdin, flush=True)
+
+    def answer(self):
         return json.loads(self.process.stdout.readline())
+
+    def run(self, *job, **named):
+        self.start(*job, **named)
+        return self.answer()
 
     def close(self):
         self.process.stdin.close()
