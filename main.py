@@ -1196,7 +1196,8 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
                 if cap:  # the chain rule through the tanh
                     slope.mul_(1 - (logits / cap).square())  # its derivative is 1 − tanh²
                 inputs = hidden[chunk].to(precise) * learnt[chunk, None]  # (rows, H): 0 for -100
-                to_weight += slope.T @ inputs  # (V, H): summed over the chunks in float32
+                for part, words in zip(to_weight.split(32768), slope.split(32768, dim=1)):  # an eighth of the vocabulary
+                    part += words.T @ inputs  # summed over the chunks in float32; no (V, H) product beside it
                 to_hidden[chunk] = (slope @ back) * learnt[chunk, None]  # (rows, H)
     return losses, to_hidden, None if to_weight is None else to_weight.to(weight.dtype)  # no logits survive
 
@@ -1225,7 +1226,8 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
         @staticmethod  # likewise
         def backward(ctx, upstream, _):  # upstream: d (final loss) / d (sum), a scalar on the device
             """Scale what the forward pass has made."""
-            to_hidden, to_weight = (gradient.mul_(upstream.to(gradient.dtype)) for gradient in ctx.gradients)  # × it
+            gradients, ctx.gradients = ctx.gradients, None  # 0.67 GB that nothing shall hold longer than it must
+            to_hidden, to_weight = (gradient.mul_(upstream.to(gradient.dtype)) for gradient in gradients)  # × it
             return to_hidden, to_weight, None, None, None  # none for labels, cap and with_gradients
 
     own, head = model.forward, model.get_output_embeddings()  # the model's forward pass; its (V, H) matrix
