@@ -970,8 +970,10 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
         for number_ in (signal.SIGTERM, signal.SIGINT):  # kill -9 cannot be caught, and need not be
             signal.signal(number_, self.receive)  # Python calls it between two of its own instructions
         os.register_at_fork(after_in_child=self.release)  # tokenizer processes have to end when their pool says so
+        self.launcher = self.lost = 0  # its process id, if there is one; whether it has died
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # started by a launcher …
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # … whose death shall reach us, too (PR_SET_PDEATHSIG of Linux)
+            self.launcher = os.getppid()  # … which may be killed …
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # … and its death shall reach us, too (Linux: PR_SET_PDEATHSIG)
 
     def release(self):  # runs in every process that Python forks
         """Let SIGTERM end a tokenizer's process at once: in Python a handler waits as long as a lock is waited for."""
@@ -985,6 +987,7 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
                 os._exit(128 + number_)  # data loaders live on until the checkpoint is written
         elif self.training and (not self.signal or time.time() - self.time < 3):  # launchers send a second one at once
             self.signal, self.time = number_, self.time or time.time()  # the end of the step will see it
+            self.lost = self.launcher and self.launcher != os.getppid()  # nobody has asked for this end
             os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # print may be interrupted
         else:  # before or after training, or impatience
             self.signal = number_  # kept, as Python ignores an exit inside a destructor: then the first step sees it
@@ -993,6 +996,8 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
     def leave(self, number_, saved):  # the one way out
         """Exit with 128 + the signal's number, as a shell reports it, after the sentence."""
         self.training = False  # a further signal ends it at once
+        if self.lost:  # a failure, after which multinode_train.sh may try again
+            fail(f"stopped{saved}, as the launcher was killed; the same command again goes on", 1)  # by whom, it knows
         name = signal.Signals(number_).name  # SIGTERM or SIGINT
         fail(f"stopped by {name}{saved}; the same command again goes on", 128 + number_)  # 143 or 130
 
