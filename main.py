@@ -982,12 +982,12 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
 
     def receive(self, number_, frame):  # the signature that Python wants
         """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
+        self.lost = self.launcher and self.launcher != os.getppid()  # then nobody has asked for this end
         if os.getpid() != self.owner:  # a data loader's or tokenizer's process has inherited this handler
             if not self.training:  # tokenizers are ended by their pool, with SIGTERM
                 os._exit(128 + number_)  # data loaders live on until the checkpoint is written
         elif self.training and (not self.signal or time.time() - self.time < 3):  # launchers send a second one at once
             self.signal, self.time = number_, self.time or time.time()  # the end of the step will see it
-            self.lost = self.launcher and self.launcher != os.getppid()  # nobody has asked for this end
             os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # print may be interrupted
         else:  # before or after training, or impatience
             self.signal = number_  # kept, as Python ignores an exit inside a destructor: then the first step sees it

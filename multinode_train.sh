@@ -34,8 +34,8 @@ GPUS=$GPUS TOTAL_GPUS=$TOTAL_GPUS OUTPUT_DIR=$OUTPUT_DIR
   3 machines × 2 GPUs   NUM_MACHINES=3 TOTAL_GPUS=6, and on the third: bash multinode_train.sh 2
   unequal machines      accelerate gives each the same number of processes: use the smaller number on all
 
-The machines wait NODE_WAIT=$NODE_WAIT seconds for each other. After the loss of one the others end; with MAX_RETRIES=5, on
-all, they wait for it to be started again, and go on from the last checkpoint; now MAX_RETRIES=$MAX_RETRIES.
+The machines wait NODE_WAIT=$NODE_WAIT seconds for each other. After the loss of one the others end; with MAX_RETRIES=5
+on all (now $MAX_RETRIES) they wait for it to be started again, and go on from the last checkpoint.
 
 OUTPUT_DIR must be on storage that all machines share. Without flags wikitext-2 is trained; flags replace that.
 By hand, on all machines alike, with R the rank of the machine:
@@ -68,7 +68,7 @@ rank, machines, limit, port = (int(os.environ[key]) for key in numbers)  # check
 address, retries = os.environ["MAIN_NODE_IP"], os.environ.pop("MAX_RETRIES")  # the main machine's; this one's
 facts = {key: os.environ[key] for key in ("NUM_MACHINES", "TOTAL_GPUS", "DEVICE")}  # the same on all machines
 HELLO = b"multinode_train.sh\n"  # what the main machine says first; any other listener stays silent or says more
-clock = {"end": time.monotonic() + limit, "said": -10.0}  # when to give up; when the last line was printed
+clock = {"end": time.monotonic() + limit, "said": time.monotonic() - 8}  # when to give up; when it last said so
 
 
 def say(words):  # stderr, as main.py's progress on stdout may be read by a program
@@ -92,7 +92,7 @@ def patience(words):  # called about once a second
     now = time.monotonic()  # unlike the clock on the wall it is never put right
     if now > clock["end"]:  # long enough
         stop(f"given up after NODE_WAIT={limit} s: {words}")  # the last state
-    if now >= clock["said"] + 10:  # the first time, and then
+    if now >= clock["said"] + 10:  # first after two
         say(f"waiting: {words} ({clock['end'] - now:.0f} s left)")  # so that nobody wonders
         clock["said"] = now  # again in ten seconds
 
@@ -267,7 +267,7 @@ launch() {  # this machine's part of the training
     local command=(python -c "$(program)"  # in the place of: accelerate launch
         --num_machines "$NUM_MACHINES" --num_processes "$TOTAL_GPUS" --machine_rank "$NODE"  # all of them
         --main_process_ip "$MAIN_NODE_IP" --main_process_port "$MAIN_PORT" --rdzv_conf timeout=60  # where all meet
-        --multi_gpu --mixed_precision no  # also without GPUs; main.py's own --bf16 decides
+        --multi_gpu --mixed_precision no --dynamo_backend no  # also without GPUs; main.py's own --bf16 decides
         "$here/main.py" "${training[@]}"  # the same on every machine
     )
     ((MAX_RETRIES > 0)) || exec "${command[@]}"  # signals reach the launcher, and its status is ours
