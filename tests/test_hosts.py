@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,7 @@ ps -ef
 exit 99
 """  # its first process: a name, preparations, the script; it ends when no other process is left
 TABLE = {}  # what happened: how it went
-STEPS, SAVE, PATIENCE = 160, 5, 15
+STEPS, SAVE, PATIENCE = 140, 5, 10
 
 
 def tree(pid):
@@ -150,7 +151,7 @@ def flags(tiny, tmp_path_factory):
     text = write_jsonl(folder / "train.jsonl", [topics[name] for name in ("with", "while", "try", "for")])
     return ["--model_name_or_path", tiny, "--train_file", text, "--max_seq_length", 64, "--no_truncation",
             "--cache_dir", folder / "cache", "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1,
-            "--max_steps", STEPS, "--save_steps", SAVE, "--learning_rate", 1e-3, "--warmup_steps", 0,
+            "--max_steps", STEPS, "--save_steps", SAVE, "--learning_rate", 1e-4, "--warmup_steps", 0,
             "--ddp_timeout", PATIENCE, "--report_to", "none", "--disable_tqdm", "True"]  # fmt: skip
 
 
@@ -188,24 +189,29 @@ def ended(case, nodes, words, since, within):
         row.append(f"{time.time() - since:.1f} s")
         assert status not in (0, 99), node.said()
         assert word is None or word in node.said(), node.said()
+        if "DEBUG_HOSTS" in os.environ:
+            print("=====", case, node.rank, status, node.said()[-900:])
     TABLE[case] = f"ended after {' and '.join(row)}"
 
 
-def test_two_machines_train_like_one_process_with_the_double_batch(undisturbed, flags, tmp_path):
+def test_two_machines_train_like_one_process_with_the_double_batch(undisturbed, flags, tiny, tmp_path):
     """S5 to S7, C5, N1 to N3, N5, B13."""
     done = run(*flags, "--per_device_train_batch_size", 4, "--output_dir", tmp_path / "one")
     assert done.status == 0, done.err
 
     def distance():
-        one, two = weights_of(tmp_path / "one"), weights_of(undisturbed)
-        return max((one[name].float() - two[name].float()).abs().max().item() for name in one)
+        """How far the two are apart, as a part of how far they have come."""
+        one, two, start = (weights_of(folder) for folder in (tmp_path / "one", undisturbed, tiny))
+        apart, way = (sum((a[name].float() - two[name].float()).square().sum().item() for name in one)
+                      for a in (one, start))  # fmt: skip
+        return (apart / way) ** 0.5
 
-    assert in_child(distance) < 1e-3
+    assert in_child(distance) < 0.02
 
 
 LISTEN = "import socket, time; server = socket.create_server(('', 29500)); kept = server.accept(); time.sleep(99)"
 TALK = LISTEN.replace("kept = server.accept()", "kept = server.accept()[0]; kept.sendall(b'SSH-2.0-x')")
-MISSING, NOBODY = "given up after NODE_WAIT=4 s: rank 1 has not come to 10.77.0.1:29500", "cannot be reached ("
+MISSING, NOBODY = "given up after NODE_WAIT=11 s: rank 1 has not come to 10.77.0.1:29500", "cannot be reached ("
 TOTALS = "TOTAL_GPUS is 4 at 10.77.0.2 and 2 on the main machine"
 BEFORE = {  # settings of node 0 and of node 1 (None: not started), what each says, what node 0 runs besides
     "node 1 never starts": ({}, None, MISSING, None, ""),
@@ -221,29 +227,36 @@ BEFORE = {  # settings of node 0 and of node 1 (None: not started), what each sa
 }
 
 
-@pytest.mark.parametrize("case", BEFORE)
-def test_what_is_wrong_before_the_launch_is_said_without_loading_torch(hosts, tmp_path, case):
-    """C5, N1 to N3: both nodes end within NODE_WAIT and the five seconds that a silent listener is given."""
-    zero, one, *words, beside = BEFORE[case]
+def before_launch(case, folder):
+    """Run one of the cases above. Returns: the exit status, the seconds and the words of each node."""
+    folder.mkdir()
+    hosts, (zero, one, _, _, beside) = Hosts(folder), BEFORE[case]
     if beside:
-        listener = subprocess.Popen([*hosts.enter, "ip", "netns", "exec", "n0", sys.executable, "-c", beside])
-        time.sleep(0.5)
-    began = time.time()
-    nodes = [hosts.node(rank, **{"NODE_WAIT": 4, "OUTPUT_DIR": tmp_path / "out", **settings})
+        subprocess.Popen([*hosts.enter, "ip", "netns", "exec", "n0", sys.executable, "-c", beside])
+        time.sleep(1)
+    nodes = [hosts.node(rank, **{"NODE_WAIT": 11, "OUTPUT_DIR": folder / "out", **settings})
              for rank, settings in enumerate((zero, one)) if settings is not None]  # fmt: skip
-    ended(case, nodes, [word for word in words if word], began, within=15)
-    assert [node.process.returncode for node in nodes] == [2] * len(nodes)
-    assert not any("Traceback" in node.said() for node in nodes)
-    if beside:
-        listener.kill()
-        listener.wait()
+    rows = [(node.process.wait(60), time.time() - node.began, node.said()) for node in nodes]
+    hosts.close()
+    return rows
 
 
-def test_a_machine_is_waited_for_with_a_line_every_ten_seconds(hosts, flags, tmp_path):
-    """C5: the one that comes too late is told so; nothing of either stays."""
-    began, node = time.time(), hosts.node(0, *flags, NODE_WAIT=13, OUTPUT_DIR=tmp_path / "out")
-    assert node.wait(20) == 2 and 12 < time.time() - began < 16
-    assert node.said().count("waiting: rank 1 has not come") == 2 and "given up after NODE_WAIT=13 s" in node.said()
+@pytest.fixture(scope="module")
+def before(tmp_path_factory):
+    """What became of each case: all at the same time, each in a sandbox of its own, as they only wait."""
+    folder = tmp_path_factory.mktemp("before")
+    with ThreadPoolExecutor(len(BEFORE)) as pool:
+        return {case: pool.submit(before_launch, case, folder / str(n)) for n, case in enumerate(BEFORE)}
+
+
+@pytest.mark.parametrize("case", BEFORE)
+def test_what_is_wrong_before_the_launch_is_said_without_loading_torch(before, case):
+    """C5, N1 to N3: both nodes end within NODE_WAIT and the five seconds that a silent listener is given."""
+    rows, words = before[case].result(), [word for word in BEFORE[case][2:4] if word]
+    for (status, seconds, said), word in zip(rows, words, strict=True):
+        assert status == 2 and word in said and "Traceback" not in said and seconds < 19, said
+        assert said.count(" waiting: ") == (seconds > 9), said  # after two seconds, and then every ten
+    TABLE[case] = f"ended after {' and '.join(f'{seconds:.1f} s' for _, seconds, _ in rows)}"
 
 
 def spoil(case, flags, tmp_path):
@@ -253,7 +266,7 @@ def spoil(case, flags, tmp_path):
     text = flags[3]
     return {
         "different flags": ([*flags, "--seed", 7], "", "--seed is 7 instead of 42"),
-        "storage that is not shared": (flags, f"mount --bind {tmp_path}/own {tmp_path}/out", "does not see what rank 0"),
+        "storage that is not shared": (flags, f"mount --bind {tmp_path}/own {tmp_path}/out", "does not see what"),
         "an error on node 1 before training": (flags, f"mount --bind {tmp_path}/bad.jsonl {text}", "broken JSON"),
     }[case]
 
@@ -270,7 +283,8 @@ def test_what_is_wrong_on_one_machine_ends_both_with_its_sentence(hosts, flags, 
     ended(case, nodes, [words, words], began, within=60)
     assert [node.process.returncode for node in nodes] == [2, 2]
     for node in nodes:
-        assert "rank 1 on node1" in node.said() and node.said().count("main.py: error:") == 1, node.said()
+        assert node.said().count("main.py: error:") == 1, node.said()
+    assert "rank 1 on node1" in nodes[0].said()
     assert steps(tmp_path / "out") == [] and os.listdir(tmp_path / "own") == []
 
 
@@ -328,7 +342,7 @@ def test_with_max_retries_a_run_survives_the_loss_of_a_node_and_of_the_cable(hos
         nodes[rank].wait(10)
         nodes[rank] = hosts.node(rank, *flags, **settings)
         progress(output, nodes[0])
-        TABLE[f"kill -9 of all of node {rank}, MAX_RETRIES, started again"] = f"went on after {time.time() - began:.1f} s"
+        TABLE[f"kill -9 of all of node {rank}, MAX_RETRIES"] = f"started again, went on after {time.time() - began:.1f} s"
     assert [node.wait(90) for node in nodes] == [0, 0], [node.said() for node in nodes]
     assert in_child(same_weights, undisturbed, output)
 
