@@ -112,11 +112,11 @@ def host():  # rank 0
         socket.create_server((address, 0)).close()  # works with own addresses only
     except OSError as error:  # of another machine, or a name that nobody knows
         stop(f"MAIN_NODE_IP={address} is no address of this machine ({reason(error)}), which has rank 0: start "  # so
-             "run_node0.sh on the machine that has it, or set MAIN_NODE_IP on all to one of `hostname -I`")  # of this one
+             "run_node0.sh on the machine that has it, or set MAIN_NODE_IP on all to one of `hostname -I`")  # here
     try:  # as the launcher will
         server = socket.create_server(("", port))  # at all addresses
     except OSError as error:  # also that of a run that has not ended
-        stop(f"MAIN_PORT={port} cannot be used here ({reason(error)}): end what listens there (`ss -tlnp` shows it), "  # an
+        stop(f"MAIN_PORT={port} cannot be used here ({reason(error)}): end what listens there (`ss -tlnp`), "  # or
              "or set another MAIN_PORT on all machines")  # two ways on
     peers, here = {}, {}  # connections and addresses, by rank
     while len(peers) < machines - 1:  # some are missing
@@ -139,8 +139,8 @@ def host():  # rank 0
             peers[theirs["rank"]], here[theirs["rank"]] = peer, place  # welcome
         missing = [str(key) for key in range(1, machines) if key not in peers]  # ranks
         if missing:  # else no need to wait
-            patience(f"rank {', '.join(missing)} has not come to {address}:{port}; start run_node1.sh there, with "  # the
-                     "this MAIN_NODE_IP and MAIN_PORT")  # or find out why it cannot reach this machine
+            patience(f"rank {', '.join(missing)} has not come to {address}:{port}; start run_node1.sh there, "  # with
+                     "with this MAIN_NODE_IP and MAIN_PORT")  # or find out why it cannot reach this machine
     for peer in peers.values():  # all are here
         peer.sendall(b"go")  # and know it now
     server.close()  # the launcher takes the port over
