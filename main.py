@@ -970,8 +970,10 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
         for number_ in (signal.SIGTERM, signal.SIGINT):  # kill -9 cannot be caught, and need not be
             signal.signal(number_, self.receive)  # Python calls it between two of its own instructions
         os.register_at_fork(after_in_child=self.release)  # tokenizer processes have to end when their pool says so
+        self.launcher = 0  # its process id, if there is one
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # started by a launcher …
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # … whose death shall reach us, too (PR_SET_PDEATHSIG of Linux)
+            self.launcher = os.getppid()  # … which may be killed …
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # … and its death shall reach us, too (Linux: PR_SET_PDEATHSIG)
 
     def release(self):  # runs in every process that Python forks
         """Let SIGTERM end a tokenizer's process at once: in Python a handler waits as long as a lock is waited for."""
@@ -980,6 +982,8 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
 
     def receive(self, number_, frame):  # the signature that Python wants
         """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
+        if os.getpid() == self.owner and self.launcher not in (0, os.getppid()):  # the launcher has died
+            number_ = signal.SIGKILL  # nobody has asked for this end: all ranks shall know
         if os.getpid() != self.owner:  # a data loader's or tokenizer's process has inherited this handler
             if not self.training:  # tokenizers are ended by their pool, with SIGTERM
                 os._exit(128 + number_)  # data loaders live on until the checkpoint is written
@@ -993,6 +997,8 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
     def leave(self, number_, saved):  # the one way out
         """Exit with 128 + the signal's number, as a shell reports it, after the sentence."""
         self.training = False  # a further signal ends it at once
+        if number_ == signal.SIGKILL:  # a failure, after which multinode_train.sh may try again
+            fail(f"stopped by the loss of a launcher{saved}; the same command again goes on", 1)  # not asked for
         name = signal.Signals(number_).name  # SIGTERM or SIGINT
         fail(f"stopped by {name}{saved}; the same command again goes on", 128 + number_)  # 143 or 130
 

@@ -14,6 +14,8 @@ NUM_MACHINES=${NUM_MACHINES:-2}  # ranks 0 and 1
 GPUS=${GPUS:-2,3}  # of this machine: leaves 0 and 1 to others
 TOTAL_GPUS=${TOTAL_GPUS:-4}  # of all machines together: one process each
 OUTPUT_DIR=${OUTPUT_DIR:-/shared/outputs/gemma-270m}  # on storage that all machines share
+NODE_WAIT=${NODE_WAIT:-600}  # seconds that a machine waits for the others before the launch, with a line every ten
+MAX_RETRIES=${MAX_RETRIES:-0}  # how often this machine joins in again after it has lost another
 
 training=(--dataset_name wikitext --bf16)  # what is trained, unless flags are given: the same on all machines
 
@@ -32,13 +34,179 @@ GPUS=$GPUS TOTAL_GPUS=$TOTAL_GPUS OUTPUT_DIR=$OUTPUT_DIR
   3 machines × 2 GPUs   NUM_MACHINES=3 TOTAL_GPUS=6, and on the third: bash multinode_train.sh 2
   unequal machines      accelerate gives each the same number of processes: use the smaller number on all
 
+The machines wait NODE_WAIT=$NODE_WAIT seconds for each other. After the loss of one the others end; with MAX_RETRIES=5
+on all (now $MAX_RETRIES) they wait for it to be started again, and go on from the last checkpoint.
+
 OUTPUT_DIR must be on storage that all machines share. Without flags wikitext-2 is trained; flags replace that.
-By hand, with R the rank of the machine:
+By hand, on all machines alike, with R the rank of the machine:
 
   CUDA_VISIBLE_DEVICES=$GPUS accelerate launch --num_machines $NUM_MACHINES \\
       --num_processes $TOTAL_GPUS --machine_rank R --main_process_ip $MAIN_NODE_IP --main_process_port $MAIN_PORT \\
       --multi_gpu main.py ${training[*]} --output_dir $OUTPUT_DIR
 TEXT
+}
+
+# ── The machines meet ────────────────────────────────────────────────────────────────────────────────────────────────
+# Before anything is launched each machine says to the main one who it is: a missing machine, a wrong address, a port
+# that is taken and settings that differ show at once. Then this program becomes the launcher: `accelerate launch`.
+
+program() {  # run by Python, with the settings above in its environment and accelerate's arguments behind it
+    cat <<'PYTHON'  # the standard library is enough until all are here
+import ctypes  # the system's own functions
+import fcntl  # asks an interface for its address
+import json  # what the machines tell each other
+import os  # settings, in the environment
+import select  # waits for several connections at a time
+import signal  # Ctrl-C
+import socket  # the network
+import sys  # arguments, exit status
+import time  # for NODE_WAIT
+
+sys.path.pop(0)  # a torch.py in the current directory is not imported
+numbers = ("NODE", "NUM_MACHINES", "NODE_WAIT", "MAIN_PORT")  # of the settings
+rank, machines, limit, port = (int(os.environ[key]) for key in numbers)  # checked below
+address, retries = os.environ["MAIN_NODE_IP"], os.environ.pop("MAX_RETRIES")  # the main machine's; this one's
+facts = {key: os.environ[key] for key in ("NUM_MACHINES", "TOTAL_GPUS", "DEVICE")}  # the same on all machines
+HELLO = b"multinode_train.sh\n"  # what the main machine says first; any other listener stays silent or says more
+clock = {"end": time.monotonic() + limit, "said": time.monotonic() - 8}  # when to give up; when it last said so
+
+
+def say(words):  # stderr, as main.py's progress on stdout may be read by a program
+    """Print one line."""
+    print(f"multinode_train.sh: {words}", file=sys.stderr, flush=True)  # at once
+
+
+def stop(words):  # as the shell's stop
+    """End with a sentence and the status of a wrong call."""
+    say(words)  # what to do
+    sys.exit(2)  # is not tried again
+
+
+def reason(error):  # an OSError
+    """Return the system's own words, without Python's."""
+    return (error.strerror or str(error)).split(" (")[0]  # such as Connection refused
+
+
+def patience(words):  # called about once a second
+    """Say what is missing, once every ten seconds; give up after NODE_WAIT seconds."""
+    now = time.monotonic()  # unlike the clock on the wall it is never put right
+    if now > clock["end"]:  # long enough
+        stop(f"given up after NODE_WAIT={limit} s: {words}")  # the last state
+    if now >= clock["said"] + 10:  # first after two
+        say(f"waiting: {words} ({clock['end'] - now:.0f} s left)")  # so that nobody wonders
+        clock["said"] = now  # again in ten seconds
+
+
+def wrong(theirs, place, here):  # of one machine
+    """Return what is wrong with a machine, a sentence or None. here (dict): the addresses of those that came before."""
+    if theirs["rank"] in here and here[theirs["rank"]] != place:  # on the same machine it is only a new start
+        return f"{place} and {here[theirs['rank']]} both have rank {theirs['rank']}: give each machine its own"  # where
+    differ = [f"{key} is {theirs.get(key)} at {place} and {facts[key]} on the main machine"  # there; here
+              for key in facts if theirs.get(key) != facts[key]]  # GPUs here and CPUs there cannot train together
+    return "; ".join(differ) + ": make them the same on all machines" if differ else None  # all at once
+
+
+def host():  # rank 0
+    """Wait until all other machines have come, and let all begin. Returns: this machine's address."""
+    try:  # any port will do
+        socket.create_server((address, 0)).close()  # works with own addresses only
+    except OSError as error:  # of another machine, or a name that nobody knows
+        stop(f"MAIN_NODE_IP={address} is no address of this machine ({reason(error)}), which has rank 0: start "  # so
+             "run_node0.sh on the machine that has it, or set MAIN_NODE_IP on all to one of `hostname -I`")  # here
+    try:  # as the launcher will
+        server = socket.create_server(("", port))  # at all addresses
+    except OSError as error:  # also that of a run that has not ended
+        stop(f"MAIN_PORT={port} cannot be used here ({reason(error)}): end what listens there (`ss -tlnp`), "  # or
+             "or set another MAIN_PORT on all machines")  # two ways on
+    peers, here = {}, {}  # connections and addresses, by rank
+    while len(peers) < machines - 1:  # some are missing
+        for ready in select.select([server, *peers.values()], [], [], 1)[0]:  # whoever has something to say
+            if ready is not server:  # those that wait have nothing to say: it is gone
+                peers = {key: peer for key, peer in peers.items() if peer is not ready}  # waited for again
+                continue  # its address is kept
+            peer, (place, _) = server.accept()  # somebody new
+            try:  # perhaps a port scanner, or verify_setup.sh
+                peer.settimeout(5)  # it may say nothing
+                peer.sendall(HELLO)  # the sign to speak
+                theirs = json.loads(peer.recv(4096))  # one small message
+                sentence = wrong(theirs, place, here)  # usually None
+            except (OSError, ValueError, KeyError, TypeError):  # not one of us
+                continue  # nobody has come
+            if sentence:  # the same words for all
+                for other in (peer, *peers.values()):  # also those that are right
+                    other.sendall(sentence.encode())  # they end, too
+                stop(sentence)  # here
+            peers[theirs["rank"]], here[theirs["rank"]] = peer, place  # welcome
+        missing = [str(key) for key in range(1, machines) if key not in peers]  # ranks
+        if missing:  # else no need to wait
+            patience(f"rank {', '.join(missing)} has not come to {address}:{port}; start run_node1.sh there, "  # with
+                     "with this MAIN_NODE_IP and MAIN_PORT")  # or find out why it cannot reach this machine
+    for peer in peers.values():  # all are here
+        peer.sendall(b"go")  # and know it now
+    server.close()  # the launcher takes the port over
+    return socket.gethostbyname(address)  # a name is allowed
+
+
+def join():  # the other ranks
+    """Wait until the main machine says that all are here. Returns: this machine's address, as seen from there."""
+    while True:  # until NODE_WAIT
+        state = "cannot be reached"  # so far
+        try:  # it may not be up yet
+            with socket.create_connection((address, port), 5) as peer:  # a firewall may swallow this
+                state = "is in use by something else than multinode_train.sh"  # so far
+                if peer.recv(100) != HELLO:  # a silent one ends in a TimeoutError; nothing was sent to it
+                    raise OSError("a wrong answer")  # handled below
+                peer.sendall(json.dumps(facts | {"rank": rank}).encode())  # who we are
+                while not select.select([peer], [], [], 1)[0]:  # a third machine may be late
+                    patience(f"the main machine {address} is there, another one is missing")  # it says which
+                answer = peer.recv(4096).decode()  # empty when it has ended
+                if answer == "go":  # all are here
+                    return peer.getsockname()[0]  # of the network that leads there
+                if answer:  # settings differ
+                    stop(answer)  # its words
+        except OSError as error:  # refused, no route, unknown name, silence
+            patience(f"{address}:{port} {state} ({reason(error)}); start run_node0.sh there, and check "  # is
+                     "MAIN_NODE_IP, MAIN_PORT and its firewall")  # what is wrong most often
+        time.sleep(1)  # not more often
+
+
+def meet():  # twice
+    """Wait for all machines, and choose the network interface for gloo, which would take that of the host name."""
+    own = join() if rank else host()  # an IPv4 address
+    for _, name in socket.if_nameindex():  # eth0, lo, …
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:  # of any kind
+            try:  # SIOCGIFADDR, with the name in 40 bytes
+                found = fcntl.ioctl(query, 0x8915, name.encode().ljust(40, b"\0"))[20:24]  # four bytes
+            except OSError:  # an interface without an address
+                continue  # the next one
+        if socket.inet_ntoa(found) == own:  # the one that the others reach
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # yours wins
+
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the waiting without a traceback
+if retries != "0":  # the shell stays in between
+    ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # its death ends the launcher, too (PR_SET_PDEATHSIG)
+if machines > 1:  # in a moment, when all is well
+    meet()  # before seconds are spent on loading torch
+from accelerate.commands.launch import main  # what `accelerate launch` calls
+from torch.distributed import DistError  # the launchers lost each other
+from torch.distributed.elastic.multiprocessing.api import SignalException  # SIGTERM, Ctrl-C
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # main.py has failed
+
+if machines > 1:  # loading takes unequally long
+    meet()  # from here on all go on at the same time
+try:  # starts the processes and watches them
+    main()  # reads sys.argv
+except ChildFailedError as error:  # its traceback is about the launcher, not about main.py
+    number, failure = error.get_first_failure()  # of this machine
+    say(f"rank {number} ended with {'signal' if failure.exitcode < 0 else 'status'} {abs(failure.exitcode)}")  # 9: kill
+    sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)  # as the shell counts
+except SignalException as error:  # main.py has saved a checkpoint
+    sys.exit(128 + error.sigval)  # 143, 130
+except DistError as error:  # between the meeting and the start of main.py
+    say(f"the launchers lost each other: {' '.join(str(error).split())[:300]}")  # torch's words
+    sys.exit(1)  # may be tried again
+PYTHON
 }
 
 # ── Launch ───────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -48,36 +216,75 @@ stop() {  # the end of every wrong call
     exit 2  # as main.py does
 }
 
-launch() {  # this machine's part of the training
-    local rank=$1  # 0 is the main machine
-    shift  # what is left are flags of main.py
-    [[ $rank =~ ^[0-9]+$ ]] || stop "the rank is a number, 0 on the main machine, not '$rank'"  # a forgotten rank
-    ((rank < NUM_MACHINES)) || stop "rank $rank needs NUM_MACHINES=$((rank + 1)) or more, on every machine"  # from 0 on
-    ((TOTAL_GPUS % NUM_MACHINES == 0)) ||  # or accelerate would silently start fewer
+check() {  # what this machine can tell by itself
+    local name listed gpu count each  # numbers are given as text
+    for name in MAIN_PORT NUM_MACHINES TOTAL_GPUS NODE_WAIT MAX_RETRIES; do  # counted with
+        [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || stop "$name is a number, not '${!name}'"  # 08 would be octal
+    done
+    [[ $NODE =~ ^(0|[1-9][0-9]{0,8})$ ]] || stop "the rank is a number, 0 on the main machine, not '$NODE'"  # forgotten
+    ((NODE < NUM_MACHINES)) || stop "rank $NODE needs NUM_MACHINES=$((NODE + 1)) or more, on every machine"  # from 0 on
+    ((TOTAL_GPUS > 0 && TOTAL_GPUS % NUM_MACHINES == 0)) ||  # or accelerate would silently start fewer
         stop "TOTAL_GPUS=$TOTAL_GPUS cannot be shared evenly by NUM_MACHINES=$NUM_MACHINES"  # its sum over all machines
-    (($# == 0)) || training=("$@")  # yours instead of the example
+    each=$((TOTAL_GPUS / NUM_MACHINES))  # processes on this machine
+    [[ $GPUS =~ ^[A-Za-z0-9/-]+(,[A-Za-z0-9/-]+)*$ ]] || stop "GPUS is a list such as 2,3, not '$GPUS'"  # spaces?
 
-    local here  # where main.py is, whatever directory calls
-    here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)  # in full
+    listed=$(nvidia-smi -L 2>/dev/null) || listed=""  # a line for each GPU, and for each part of one (MIG)
+    count=$(grep -c '^GPU ' <<<"$listed") || DEVICE=CPU  # none
+    if [ "$DEVICE" = CPU ]; then  # to try it out, and for tests
+        echo "multinode_train.sh: no GPU here: $each of the $TOTAL_GPUS processes train on this CPU" >&2  # a notice
+    else  # what is asked for must be there
+        for gpu in ${GPUS//,/ }; do  # numbers, or names such as GPU-8d7d…
+            if [[ $gpu =~ ^[0-9]+$ ]] && ((10#$gpu < count)) || grep -q -- "UUID: $gpu" <<<"$listed"; then  # from 0 on
+                continue  # it is
+            fi
+            stop "GPUS=$GPUS: there is no GPU $gpu among the $count here; \`nvidia-smi -L\` lists them"  # one too high
+        done
+        gpu=${GPUS//[!,]/}  # one comma fewer than GPUs
+        ((${#gpu} + 1 >= each)) ||  # the second process would find no GPU
+            stop "TOTAL_GPUS=$TOTAL_GPUS over NUM_MACHINES=$NUM_MACHINES are $each here: GPUS=$GPUS lists fewer"  # of us
+    fi
+
+    mkdir -p -- "$OUTPUT_DIR" 2>/dev/null || true  # perhaps there already
+    [ -w "$OUTPUT_DIR" ] ||  # every process writes a part of a checkpoint
+        stop "OUTPUT_DIR=$OUTPUT_DIR cannot be written: mount the shared storage, or choose another directory"  # yet
+}
+
+launch() {  # this machine's part of the training
+    NODE=$1 DEVICE=GPU  # 0 is the main machine
+    shift  # what is left are flags of main.py
+    (($# == 0)) || training=("$@")  # yours instead of the example
+    check  # ends with a sentence unless all is well
+
+    local here status tries  # where main.py is; how it ended, how often
+    here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)  # in full, whatever directory calls
     [ ! -x "$here/.venv/bin/python" ] || export PATH="$here/.venv/bin:$PATH"  # made by the quickstart or the tests
     export CUDA_VISIBLE_DEVICES=$GPUS  # the processes see them as 0, 1, …; without GPUs they train on the CPU
-    if ((NUM_MACHINES > 1)) && [ -z "${GLOO_SOCKET_IFNAME:-}" ] && command -v ip >/dev/null; then  # for gloo, on CPUs
-        # Gloo would take the interface of the host name, which often is the loopback that no other machine reaches.
-        GLOO_SOCKET_IFNAME=$(ip -o route get "$MAIN_NODE_IP" | sed -n 's/.* dev \([^ ]*\).*/\1/p')  # towards it
-        export GLOO_SOCKET_IFNAME  # such as eth0; lo on the main node itself is put right below
-        [ "$GLOO_SOCKET_IFNAME" != lo ] || [[ $MAIN_NODE_IP == 127.* ]] ||  # its own address is routed over loopback
-            GLOO_SOCKET_IFNAME=$(ip -o -4 addr show to "$MAIN_NODE_IP" | awk '{print $2; exit}')  # whose address it is
-    fi
-
+    export NODE DEVICE MAIN_NODE_IP MAIN_PORT NUM_MACHINES TOTAL_GPUS NODE_WAIT MAX_RETRIES  # for the program above
+    training+=(--output_dir "$OUTPUT_DIR")  # the last one counts
     if ((TOTAL_GPUS == 1)); then  # a launcher around a single process would keep signals from it
-        exec python "$here/main.py" "${training[@]}" --output_dir "$OUTPUT_DIR"  # no shell stays in between
+        exec python "$here/main.py" "${training[@]}"  # no shell stays in between
     fi
-    local machines=(  # how the processes find each other
-        --num_machines "$NUM_MACHINES" --num_processes "$TOTAL_GPUS" --machine_rank "$rank"  # all of them
-        --main_process_ip "$MAIN_NODE_IP" --main_process_port "$MAIN_PORT"  # where all meet
-        --multi_gpu --mixed_precision no  # also without GPUS; main.py's own --bf16 decides
+    local command=(python -c "$(program)"  # in the place of: accelerate launch
+        --num_machines "$NUM_MACHINES" --num_processes "$TOTAL_GPUS" --machine_rank "$NODE"  # all of them
+        --main_process_ip "$MAIN_NODE_IP" --main_process_port "$MAIN_PORT" --rdzv_conf timeout=60  # where all meet
+        --multi_gpu --mixed_precision no --dynamo_backend no  # also without GPUs; main.py's own --bf16 decides
+        "$here/main.py" "${training[@]}"  # the same on every machine
     )
-    exec accelerate launch "${machines[@]}" "$here/main.py" "${training[@]}" --output_dir "$OUTPUT_DIR"  # takes signals
+    ((MAX_RETRIES > 0)) || exec "${command[@]}"  # signals reach the launcher, and its status is ours
+
+    set -m  # a process group of its own for the launcher: Ctrl-C comes here, and is passed on, once
+    local stopped="" launcher=0  # the signal that came here; none so far
+    trap 'stopped=143; kill -TERM "$launcher" 2>/dev/null || true' TERM INT  # it saves a checkpoint and ends
+    for ((tries = 0; ; tries++)); do  # until it is done, or hopeless
+        "${command[@]}" &  # beside this shell, which has to hear signals
+        launcher=$!  # for the trap
+        while status=0; wait "$launcher" || status=$?; kill -0 "$launcher" 2>/dev/null; do :; done  # a signal ends wait
+        case $stopped$status in  # 2: a wrong call; 130, 143: stopped here or on another machine
+            0 | 2 | 130 | 143*) exit "${stopped:-$status}" ;;  # going on is not asked for, or would not help
+        esac
+        ((tries < MAX_RETRIES)) || exit "$status"  # enough
+        echo "multinode_train.sh: status $status; joining in again, $((tries + 1)) of MAX_RETRIES=$MAX_RETRIES" >&2  # on
+    done
 }
 
 if (($# == 0)); then  # nothing said

@@ -45,12 +45,14 @@ def pytest_sessionfinish():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print how many kills the runs of test_unkillable.py survived."""
+    """Print how many kills the runs of test_unkillable.py survived, and how those of test_hosts.py ended."""
     if table := getattr(sys.modules.get("test_unkillable"), "TABLE", None):
         terminalreporter.write_line("kills at             kills   runs  exact  crashed  wrong")
         for name, (kills, exact, crashed, wrong) in table.items():
             runs = exact + crashed + wrong
             terminalreporter.write_line(f"{name:20} {kills:5} {runs:6} {exact:6} {crashed:8} {wrong:6}")
+    for case, result in getattr(sys.modules.get("test_hosts"), "TABLE", {}).items():
+        terminalreporter.write_line(f"{case:60} {result}")
 
 
 MAKE_TINY = """

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from conftest import ROOT, in_child, launch, write_jsonl
-from test_hub import free_port
+from test_hub import ACCELERATE, free_port
 from test_training import same_weights
 from test_unkillable import wait_for
 
@@ -67,6 +67,35 @@ def test_a_single_process_takes_the_place_of_its_script(flags, tmp_path):
     wait_for(output / "checkpoint-2", process)
     process.send_signal(signal.SIGTERM)
     assert "stopped by SIGTERM at step" in process.communicate()[1] and process.returncode == 143
+
+
+CONFIG = """
+compute_environment: LOCAL_MACHINE
+debug: false
+distributed_type: {}
+downcast_bf16: 'no'
+enable_cpu_affinity: false
+machine_rank: 0
+main_training_function: main
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+rdzv_backend: static
+same_network: true
+use_cpu: {}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, processes", [("MULTI_GPU", "2 processes"), ("MULTI_CPU", "1 process,")])
+def test_a_file_of_accelerate_config_is_followed(flags, tmp_path, kind, processes):
+    """C9: that of two GPUs trains in two processes on the CPU; that of two CPUs is for mpirun, and trains in one."""
+    config = tmp_path / "default_config.yaml"
+    config.write_text(CONFIG.format(kind, "true" if kind == "MULTI_CPU" else "false\ngpu_ids: 2,3"))
+    words = [ACCELERATE, "launch", "--config_file", config, "--main_process_port", free_port(), ROOT / "main.py"]
+    done = launch(*words, *flags, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    assert done.status == 0 and f"device   cpu, {processes}" in done.out, done
+    assert done.out.count("Done: the model is in") == 1
 
 
 def test_wrong_settings_and_the_guide_are_said():

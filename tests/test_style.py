@@ -2,7 +2,10 @@
 
 import io
 import re
+import subprocess
+import sys
 import tokenize
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -79,3 +82,13 @@ def test_required_files_are_there():
     assert names == ["torch", "transformers", "datasets", "accelerate", "tensorboard"]
     assert all(re.search(r"[=~]=\d", line) for line in needed)
     assert "flash-attn" in (ROOT / "requirements.txt").read_text()
+
+
+@pytest.mark.parametrize("name", [*SCRIPTS, "tests/run.sh", ".ci/run"])
+def test_shellcheck_finds_nothing(name, tmp_path):
+    """The scripts are free of what shellcheck knows; it does find an unquoted variable."""
+    command = [Path(sys.executable).with_name("shellcheck"), "--shell=bash"]
+    done = subprocess.run([*command, ROOT / name], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+    (tmp_path / "bad.sh").write_text("rm $1\n")
+    assert subprocess.run([*command, tmp_path / "bad.sh"], capture_output=True).returncode == 1
