@@ -131,10 +131,18 @@ def run(*argv, env=None, cwd=None, prepare=None):
                     prepare()
                 status = run_as_script([str(text) for text in argv])
             finally:
+                end_helpers()
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         return SimpleNamespace(status=status, out=out.read_text(), err=err.read_text())
+
+
+def end_helpers():
+    """End data loaders and tokenizers as the interpreter does at its end, which os._exit leaves out."""
+    for name in ("multiprocessing.util", "multiprocess.util"):
+        if name in sys.modules:
+            sys.modules[name]._exit_function()
 
 
 def run_as_script(argv):
