@@ -241,7 +241,7 @@ check() {  # what this machine can tell by itself
         done
         gpu=${GPUS//[!,]/}  # one comma fewer than GPUs
         ((${#gpu} + 1 >= each)) ||  # the second process would find no GPU
-            stop "TOTAL_GPUS=$TOTAL_GPUS over NUM_MACHINES=$NUM_MACHINES are $each here: GPUS=$GPUS lists fewer"  # of us
+            stop "TOTAL_GPUS=$TOTAL_GPUS over NUM_MACHINES=$NUM_MACHINES are $each here: GPUS=$GPUS lists fewer"  # so
     fi
 
     mkdir -p -- "$OUTPUT_DIR" 2>/dev/null || true  # perhaps there already
@@ -283,7 +283,7 @@ launch() {  # this machine's part of the training
             0 | 2 | 130 | 143*) exit "${stopped:-$status}" ;;  # going on is not asked for, or would not help
         esac
         ((tries < MAX_RETRIES)) || exit "$status"  # enough
-        echo "multinode_train.sh: status $status; joining in again, $((tries + 1)) of MAX_RETRIES=$MAX_RETRIES" >&2  # on
+        echo "multinode_train.sh: status $status; retry $((tries + 1)) of MAX_RETRIES=$MAX_RETRIES" >&2  # joins in again
     done
 }
 
