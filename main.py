@@ -1202,7 +1202,7 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
                 if cap:  # the chain rule through the tanh
                     slope.mul_(1 - (logits / cap).square())  # its derivative is 1 − tanh²
                 inputs = hidden[chunk].to(precise) * learnt[chunk, None]  # (rows, H): 0 for -100
-                for part, words in zip(to_weight.split(32768), slope.split(32768, dim=1)):  # an eighth of it
+                for part, words in zip(to_weight.split(32768), slope.split(32768, dim=1), strict=True):  # an eighth
                     part += words.T @ inputs  # summed over the chunks in float32; no (V, H) product beside it
                 to_hidden[chunk] = (slope @ back) * learnt[chunk, None]  # (rows, H)
     return losses, to_hidden, None if to_weight is None else to_weight.to(weight.dtype)  # no logits survive
@@ -1427,7 +1427,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             except Exception as error:  # torch and safetensors report a full disk with kinds of their own
                 needed = 12 * sum(weight.numel() for weight in self.model.parameters())  # float32 weights, Adam's two
                 free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes
-                disk = isinstance(error, OSError) or "strerror" in str(error)  # torch.save's word for the system's reason
+                disk = isinstance(error, OSError) or "strerror" in str(error)  # torch.save's word for the reason
                 if not disk and free > needed:  # something else
                     raise  # not ours to explain
                 words = " ".join(str(error).split())  # No space left on device, …
