@@ -961,44 +961,45 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
 # called checkpoint-N is whole. Nothing is written into it again; what is found damaged is set aside, never deleted.
 
 
-class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C
+class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 cannot be caught, and need not be
     """Ends the run with a sentence when a signal comes; in training at the end of the step, after a checkpoint."""
 
     def __init__(self):  # called before the heavy imports: a signal may come at any time
-        """Take over SIGTERM and SIGINT."""
-        self.signal, self.time, self.training, self.owner = 0, 0.0, False, os.getpid()  # 0: none so far
-        for number_ in (signal.SIGTERM, signal.SIGINT):  # kill -9 cannot be caught, and need not be
+        """Take over both signals, and see to it that the death of a launcher arrives as one of them."""
+        self.signal, self.since, self.training, self.owner = 0, 0.0, False, os.getpid()  # no signal so far
+        for number_ in (signal.SIGTERM, signal.SIGINT):  # each with the same answer
             signal.signal(number_, self.receive)  # Python calls it between two of its own instructions
         os.register_at_fork(after_in_child=self.release)  # tokenizer processes have to end when their pool says so
-        self.launcher = 0  # its process id, if there is one
-        if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # started by a launcher …
-            self.launcher = os.getppid()  # … which may be killed …
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # … and its death shall reach us, too (Linux: PR_SET_PDEATHSIG)
+        self.launcher = 0  # the process id of accelerate or torchrun, if one of them has started us
+        if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # variables that they set
+            self.launcher = os.getppid()  # accelerate's for one process dies of SIGTERM without passing it on
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # so Linux sends us one at its death (PR_SET_PDEATHSIG)
 
     def release(self):  # runs in every process that Python forks
-        """Let SIGTERM end a tokenizer's process at once: in Python a handler waits as long as a lock is waited for."""
-        if not self.training:  # data loaders live on until the checkpoint is written
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the system's own, else the pool would wait for ever
+        """Let SIGTERM end a tokenizer's process at once: a handler in Python waits as long as a lock is waited for."""
+        if not self.training:  # data loaders, forked later, live on until the checkpoint is written
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the system's own answer: the process ends
 
     def receive(self, number_, frame):  # the signature that Python wants
         """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
-        if os.getpid() == self.owner and self.launcher not in (0, os.getppid()):  # the launcher has died
-            number_ = signal.SIGKILL  # nobody has asked for this end: all ranks shall know
-        if os.getpid() != self.owner:  # a data loader's or tokenizer's process has inherited this handler
-            if not self.training:  # tokenizers are ended by their pool, with SIGTERM
-                os._exit(128 + number_)  # data loaders live on until the checkpoint is written
-        elif self.training and (not self.signal or time.time() - self.time < 3):  # launchers send a second one at once
-            self.signal, self.time = number_, self.time or time.time()  # the end of the step will see it
+        if os.getpid() != self.owner:  # a helper process has inherited this handler
+            if not self.training:  # a tokenizer's, at Ctrl-C
+                os._exit(128 + number_)  # without Python's clean-up, which belongs to the owner
+            return  # a data loader's: it is needed until the step is made
+        if self.launcher not in (0, os.getppid()):  # the launcher has died, and we were given to another parent
+            number_ = signal.SIGKILL  # a failure that nobody has asked for: all ranks shall know
+        if self.training and (not self.signal or time.time() - self.since < 3):  # launchers send a second one at once
+            self.signal, self.since = number_, self.since or time.time()  # the end of the step will see it
             os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # print may be interrupted
         else:  # before or after training, or impatience
             self.signal = number_  # kept, as Python ignores an exit inside a destructor: then the first step sees it
             self.leave(number_, "")  # what was saved before is whole
 
     def leave(self, number_, saved):  # the one way out
-        """Exit with 128 + the signal's number, as a shell reports it, after the sentence."""
+        """Exit with 128 + the signal's number, as a shell reports it. saved (str): what the sentence says of it."""
         self.training = False  # a further signal ends it at once
-        if number_ == signal.SIGKILL:  # a failure, after which multinode_train.sh may try again
-            fail(f"stopped by the loss of a launcher{saved}; the same command again goes on", 1)  # not asked for
+        if number_ == signal.SIGKILL:  # not asked for: multinode_train.sh may try again
+            fail(f"stopped by the loss of a launcher{saved}; the same command again goes on", 1)  # as any failure
         name = signal.Signals(number_).name  # SIGTERM or SIGINT
         fail(f"stopped by {name}{saved}; the same command again goes on", 128 + number_)  # 143 or 130
 
@@ -1011,13 +1012,14 @@ def claim(output_dir):  # one run per directory
     file = open(os.path.join(output_dir, ".lock"), "a+", encoding="utf-8")  # not truncated: it names the owner
     try:  # held by the system, so a run that was killed holds nothing
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # does not wait
-    except OSError as error:  # BlockingIOError, or a file system that has no locks
-        file.seek(0)  # a+ stands at the end
-        if error.errno in (errno.EACCES, errno.EAGAIN):  # POSIX allows both for "locked"
-            owner = file.read().strip()  # "process 4711 on node0"
-            fail(f"--output_dir {output_dir} is in use by {owner}: wait for it, or choose another", 1)  # no harm done
-        say(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")  # old NFS
-    file.truncate(0)  # of the last run
+    except OSError as error:  # locked by another process, or a file system without locks
+        if error.errno not in (errno.EACCES, errno.EAGAIN):  # POSIX allows both for "locked"
+            say(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")  # old NFS
+            return file  # better without a lock than not at all
+        file.seek(0)  # mode a+ begins at the end
+        owner = file.read().strip()  # "process 4711 on node0"
+        fail(f"--output_dir {output_dir} is in use by {owner}: wait for it, or choose another", 1)  # no harm done
+    file.truncate(0)  # the owner before has ended
     print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # for the sentence above
     return file  # main() keeps it open
 
@@ -1025,73 +1027,85 @@ def claim(output_dir):  # one run per directory
 def sha256(path):  # 1.8 GB/s: two seconds for a checkpoint of 3.2 GB
     """Return the hexadecimal SHA-256 of a file."""
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    with open(path, "rb") as file:  # unbuffered reading would be no faster
-        while block := file.read(1 << 20):  # 1 MB at a time
-            digest.update(block)  # releases the interpreter's lock
+    with open(path, "rb") as file:  # weights, an optimizer's state, a few small files
+        while block := file.read(1 << 20):  # 1 MB at a time, so that memory stays small
+            digest.update(block)  # in C, as fast as the processor can
     return digest.hexdigest()  # 64 characters
-
-
-def seal(folder, facts):  # before a checkpoint gets its name
-    """Write manifest.json (facts, and size and checksum of every file of folder), and all of it to the disk."""
-    paths = {name: os.path.join(folder, name) for name in sorted(os.listdir(folder))}  # weights, optimizer, states …
-    files = {name: [os.path.getsize(path), sha256(path)] for name, path in paths.items()}  # what will be read back
-    facts = {**facts, "files": files}  # what decides whether and how a run goes on
-    body = json.dumps(facts, sort_keys=True)  # the same facts give the same text
-    paths["manifest.json"] = os.path.join(folder, "manifest.json")  # written last
-    with open(paths["manifest.json"], "w", encoding="utf-8") as file:  # sealed itself as well
-        json.dump({"sha256": hashlib.sha256(body.encode()).hexdigest(), **facts}, file, sort_keys=True)  # one line
-    os.umask(mask := os.umask(0))  # there is no way to read it without setting it
-    for path in paths.values():  # safetensors makes its files readable by their owner only
-        os.chmod(path, 0o666 & ~mask)  # what any other program would have given them
-        flush(path)  # 0.2 s for 500 MB
-    flush(folder)  # only now may it be renamed
 
 
 def flush(path):  # a rename may reach the disk before the data does: after a power cut it would name an empty file
     """Wait until a file, or the list of a directory's files, is on the disk."""
     handle = os.open(path, os.O_RDONLY)  # a directory can be opened so, too
     os.fsync(handle)  # the system writes it now, not in half a minute
-    os.close(handle)  # or there would be too many open ones some day
+    os.close(handle)  # a long run would otherwise use up the file handles
+
+
+def seal(folder, facts):  # before a checkpoint gets its name
+    """Write manifest.json: facts (dict), and size and checksum of every file in folder. Then flush all of it."""
+    names = sorted(os.listdir(folder))  # weights, optimizer, schedule, random states, …
+    paths = [os.path.join(folder, name) for name in [*names, "manifest.json"]]  # what has to be on the disk
+    files = {name: [os.path.getsize(path), sha256(path)] for name, path in zip(names, paths, strict=False)}  # contents
+    body = json.dumps({**facts, "files": files}, sort_keys=True)  # the same facts give the same text
+    manifest = {"sha256": hashlib.sha256(body.encode()).hexdigest(), **facts, "files": files}  # it guards itself, too
+    with open(paths[-1], "w", encoding="utf-8") as file:  # manifest.json, written last
+        json.dump(manifest, file, sort_keys=True)  # on one line
+
+    os.umask(mask := os.umask(0))  # there is no way to read it without setting it
+    for path in paths:  # safetensors makes its files readable by their owner only
+        os.chmod(path, 0o666 & ~mask)  # what any other program would have given them
+        flush(path)  # 0.2 s for 500 MB
+    flush(folder)  # only now may it be renamed
 
 
 def read_manifest(folder):  # before a checkpoint is trusted
     """Check all files of a checkpoint against its manifest. Returns: (manifest, None) or (None, what is wrong)."""
-    try:  # absent in checkpoints that another program made
+    try:  # there is none in checkpoints that another program made
         with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:  # written last
-            manifest = json.load(file)  # facts, files, and the checksum of them all
-        body = json.dumps({key: manifest[key] for key in manifest if key != "sha256"}, sort_keys=True)  # as in seal
+            manifest = json.load(file)  # settings, progress, versions, files, and the checksum of them all
+        body = json.dumps({key: manifest[key] for key in manifest if key != "sha256"}, sort_keys=True)  # as in seal()
         if hashlib.sha256(body.encode()).hexdigest() != manifest["sha256"]:  # a flipped bit in the manifest itself
             return None, "its manifest.json was changed"  # so nothing in it can be trusted
-        for name, (size, digest) in manifest["files"].items():  # every file that was there
-            path = os.path.join(folder, name)  # none may be missing
+        for name, (size, digest) in manifest["files"].items():  # none may be missing
+            path = os.path.join(folder, name)  # e.g. optimizer.pt
             if os.path.getsize(path) != size or sha256(path) != digest:  # cut short, or a bit flipped
-                return None, f"{name} is damaged"  # which one
+                return None, f"{name} is damaged"  # the first one found is reason enough
     except (OSError, ValueError, KeyError) as error:  # missing, unreadable, not JSON
-        return None, f"{' '.join(str(error).split())}"  # e.g. No such file or directory: …
+        return None, " ".join(str(error).split())  # e.g. No such file or directory: …
     return manifest, None  # whole, to the last bit
 
 
-def find_checkpoint(output_dir, chosen):  # the same command again goes on
-    """Find the checkpoint to go on from: the chosen one, else the newest whole one. For rank 0 to call.
+def find_checkpoint(output_dir, chosen):  # what has an earlier call of the same command left?
+    """Find what to go on from: the chosen checkpoint, else the newest whole one. Rank 0 looks and tells the others.
 
-    Damaged ones, and those of other programs, are renamed to incomplete-checkpoint-N with a warning, never deleted.
-    Returns: (path, manifest), or (None, {}) for a fresh start. Raises: SystemExit(2) when the chosen one is not whole.
+    Checkpoints that are damaged, or that another program made, are renamed to incomplete-checkpoint-N, never deleted.
+    Returns: (path, manifest); path is output_dir itself where the run has finished, and None for a fresh start.
+    Raises: SystemExit(2) when the chosen one is not whole.
     """
-    from transformers.trainer_utils import get_last_checkpoint  # the highest N of checkpoint-N
+    from accelerate import PartialState  # which rank this is
+    from accelerate.utils import broadcast_object_list  # rank 0 chooses: two choices would train two different runs
+    from transformers.trainer_utils import get_last_checkpoint  # the highest N of checkpoint-N, or None
 
-    while path := chosen or get_last_checkpoint(output_dir):  # None in a fresh directory
-        manifest, fault = read_manifest(path)  # reads all of it: 2 seconds
-        if not fault:  # the usual case
-            return path, manifest  # the newest one that is whole
-        if chosen:  # the user's choice is not replaced by another
+    found = [None, {}]  # a fresh start, unless something is found
+    if PartialState().is_main_process:  # reads every byte, so once is enough
+        for name in os.listdir(output_dir):  # a save, or the removal of an old checkpoint, may have been killed
+            if name.startswith((".staging", ".trash-")):  # half made, or half deleted
+                shutil.rmtree(os.path.join(output_dir, name), ignore_errors=True)  # gives its space back
+
+        path = chosen or output_dir  # a finished run has a manifest in output_dir, written last
+        manifest, fault = read_manifest(path)  # reads all of it: 2 seconds for a checkpoint
+        if chosen and fault:  # what the user chose is not replaced by another
             advice = "leave the flag out to take the newest one"  # that is whole
             fail(f"--resume_from_checkpoint {path} cannot be used: {fault}; {advice}")  # and nothing was changed
-        aside = os.path.join(output_dir, f"incomplete-{os.path.basename(path)}")  # no longer seen as a checkpoint
-        while os.path.exists(aside):  # set aside more than once
-            aside += "-again"  # nothing is ever written over
-        os.rename(path, aside)  # and the next newest one is tried
-        say(f"warning  {path} is not whole ({fault}); set aside as {aside}")  # for you to look at
-    return None, {}  # the first start
+        while fault and (path := get_last_checkpoint(output_dir)):  # the newest first
+            manifest, fault = read_manifest(path)  # most often it is whole, and the loop ends
+            if fault:  # then it must no longer be seen as a checkpoint
+                aside = os.path.join(output_dir, f"incomplete-{os.path.basename(path)}")  # for you to look at
+                while os.path.exists(aside):  # set aside more than once
+                    aside += "-again"  # nothing is ever written over
+                os.rename(path, aside)  # the next newest one is tried
+                say(f"warning  {path} is not whole ({fault}); set aside as {aside}")  # never in silence
+        found = [path, manifest] if path else found  # None: no checkpoint was left
+    return broadcast_object_list(found)  # the same on all ranks
 
 
 def same_run(args, checkpoint, manifest, now):  # on every rank
@@ -1100,48 +1114,26 @@ def same_run(args, checkpoint, manifest, now):  # on every rank
     Returns: (checkpoint, manifest) as given, or (None, {}) when --overwrite_output_dir had another run moved aside.
     Raises: SystemExit(2) after one sentence that names each difference with both values.
     """
-    from accelerate import PartialState  # ranks and barriers
+    from accelerate import PartialState  # which rank this is, and a way to wait for all
 
-    saved = manifest.get("settings", now)  # no manifest: nothing to compare with
-    pairs = {name: (saved.get(name), value) for name, value in now.items()}  # then and now
-    other = [f"{name} was {old!r}, is {new!r}" for name, (old, new) in pairs.items() if old != new]  # for the sentence
+    saved = manifest.get("settings", now)  # a fresh start has no manifest: nothing to compare with
+    other = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in now.items() if saved.get(name) != value]
     if not other:  # the usual case
         return checkpoint, manifest  # the same run
     if not args.overwrite_output_dir:  # going on would give neither the one run nor the other
         fail(f"{checkpoint} belongs to a run with other settings: {'; '.join(other)}. "  # one clause for each
-             "Give the old ones to go on; for a new run give another --output_dir (the finished model may be its "  # a
+             "Give the old ones to go on; for a new run give another --output_dir (the finished model may be its "  # …
              "--model_name_or_path), or --overwrite_output_dir to move the old run aside")  # three ways on
-    if PartialState().is_main_process:  # one of them
+    if PartialState().is_main_process:  # one process moves, all others wait below
         count = 1 + len(glob.glob(os.path.join(glob.escape(args.output_dir), "previous-*")))  # the next free number
         aside = os.path.join(args.output_dir, f"previous-{count}")  # a directory for everything of the old run
         old = [name for name in os.listdir(args.output_dir) if not name.startswith(("previous-", ".lock"))]  # stays
-        os.makedirs(aside)  # only now: it would be in the list
+        os.makedirs(aside)  # after the list was made, which it must not be in
         for name in old:  # checkpoints, curves, results, model
             os.rename(os.path.join(args.output_dir, name), os.path.join(aside, name))  # nothing is copied or deleted
         say(f"The old run was moved to {aside}.")  # where its checkpoints can still be gone on from
     PartialState().wait_for_everyone()  # nobody writes before
     return None, {}  # a fresh start
-
-
-def find_run(args, settings):  # what is in output_dir already?
-    """Look for a finished model, else for a checkpoint, on rank 0, and tell all ranks.
-
-    Returns: (path, manifest, finished): the checkpoint to go on from or None, or output_dir itself when it is finished.
-    """
-    from accelerate import PartialState  # which rank this is
-    from accelerate.utils import broadcast_object_list  # rank 0 chooses: two choices would train two different runs
-
-    found = [None, {}]  # what the other ranks are about to receive
-    if PartialState().is_main_process:  # reads every byte, so once is enough
-        for name in os.listdir(args.output_dir):  # half-made, or to be deleted anyway
-            if name.startswith((".staging", ".trash-")):  # of a save or a rotation that was killed
-                shutil.rmtree(os.path.join(args.output_dir, name), ignore_errors=True)  # gives its space back
-        manifest, _ = read_manifest(args.output_dir)  # written last: where it fits the files, the run has finished
-        found = [args.output_dir, manifest]  # nothing is left to train, unless …
-        if not manifest or args.resume_from_checkpoint:  # … the model is not whole, or the user wants to go back
-            found = list(find_checkpoint(args.output_dir, args.resume_from_checkpoint))  # the newest that is whole
-    path, manifest = same_run(args, *broadcast_object_list(found), settings)  # the same on all ranks
-    return path, manifest, path == args.output_dir  # a path: there is something to go on from
 
 
 def rotate(output_dir, limit, best):  # after the new one is safe
@@ -1312,47 +1304,59 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     import torch.distributed as dist  # other processes
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback  # batches; the loop; its events
 
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
-    length = len(train[0]["input_ids"]) if train is not None else 0  # tokens per chunk
-    flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length or 1)  # 1.7e9
-    peak = peak_flops(training_args)  # None on a CPU
-    output_dir, past = training_args.output_dir, facts["progress"]  # past: what earlier calls of this run did
+    world, output_dir = training_args.world_size, training_args.output_dir  # processes on all machines; where to write
     staging = os.path.join(output_dir, ".staging")  # where checkpoints are made: on the same file system
+    past = facts["progress"]  # what earlier calls of this run did; empty at a fresh start
+    chunks = len(train) if train is not None else 0  # of the training data; none for --do_eval
+    length = len(train[0]["input_ids"]) if chunks else 1  # tokens per chunk
+    batch = training_args.train_batch_size * world  # chunks in one forward pass of all processes
+    total_steps, epoch_steps = count_steps(chunks, batch, training_args)  # of the optimizer
+    flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length)  # 1.7e9
+    peak = peak_flops(training_args)  # of all devices; None on a CPU
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
+    group = dist.new_group(backend="gloo") if world > 1 else None  # to agree on stopping, without waiting for a GPU
 
-    def collate(chunks):  # on the CPU, while the GPU works on the last batch
+    def collate(rows):  # on the CPU, while the GPU works on the last batch
         """Make a batch of chunks: input_ids and labels of shape (batch, max_seq_length), int64."""
-        batch = collator(chunks)  # its labels are the inputs, less those that equal the pad token …
-        batch["labels"] = batch["input_ids"].clone()  # … but nothing here is padded, and pad may be EOS: learn them all
-        del batch["attention_mask"]  # all ones; without it nothing waits for the GPU to look for a zero
-        return batch  # the loss shifts the labels by one itself
+        made = collator([row["input_ids"] for row in rows])  # its labels are the inputs, but for the pad token's …
+        made["labels"] = made["input_ids"]  # … though nothing here is padded, and pad may be EOS: learn them all
+        return made  # the loss shifts the labels by one itself; no mask, as no chunk has a gap
 
-    class ReliableTrainer(Trainer):  # a subclass: no callback may change an evaluation or a save
+    def tokens_until(step):  # no process has to be asked: every chunk is full, and an epoch has as many each time
+        """Return the tokens that all processes have trained on after so many optimizer steps of the run."""
+        epochs, steps = divmod(step, epoch_steps)  # whole epochs, and steps in the present one
+        an_epoch = chunks // batch * batch if training_args.dataloader_drop_last else chunks  # chunks in an epoch
+        now = min(steps * batch * training_args.gradient_accumulation_steps, an_epoch)  # its last step may be short
+        return (epochs * an_epoch + now) * length  # chunks → tokens
+
+    class ReliableTrainer(Trainer):  # a subclass, as no callback may change a log line, an evaluation or a save
         """The Trainer with an honest log line, a guard against NaN, and checkpoints that are complete or absent."""
 
         started = time.time()  # less the time that earlier calls took, once training begins
-        began = (0.0, 0)  # time and tokens when this call began to train, and …
-        lately = (0.0, 0)  # … at the last log line
-        bad_step = torch.tensor(0, device=training_args.device)  # the first with a NaN; there, so that nobody waits
+        began = logged = (0.0, 0)  # time and step at which this call began to train; at the last log line
+        step, unlogged, stopping = 0, 0, 0  # the last step counted; tokens since the last line; the signal agreed on
+        counted = weighted = bad_step = torch.zeros((), device=training_args.device)  # there, so that nobody waits
 
-        def log(self, logs, *rest):  # every number passes here once
-            """Add eval_perplexity to the metrics of an evaluation on their way to console, TensorBoard and JSON."""
+        def log(self, logs, *rest):  # every number passes here once, on its way to console, TensorBoard and JSON
+            """Add perplexity to the line of an evaluation; speed, memory and time left to a line of training."""
             if "eval_loss" in logs:  # the mean over all tokens of the validation data
                 loss = min(logs["eval_loss"], 700)  # exp(710) is more than a float can hold
                 logs["eval_perplexity"] = math.exp(loss)  # tokens it hesitates between; evaluate() returns it, too
-            if "learning_rate" in logs:  # a line of training; .item() has just waited for the device anyway
-                now, tokens = time.time(), self.tokens_seen()  # of this moment
-                speed = (tokens - self.lately[1]) / max(now - self.lately[0], 1e-9)  # since the last line
-                steps = self.state.global_step - past.get("step", 0)  # of this call
-                pace = (now - self.began[0]) / steps  # seconds a step, evaluations and saves included
-                minutes = (self.state.max_steps - self.state.global_step) * pace / 60  # to the last step
+            if "learning_rate" in logs:  # a line of training; its loss has just waited for the device anyway
+                now, step = time.time(), self.state.global_step  # of this line
+                logs["loss"] = self.accelerator.gather(self.weighted).mean().item() / self.unlogged  # of a token
+                self.weighted, self.unlogged = torch.zeros_like(self.weighted), 0  # the next line begins here
+                speed = (tokens_until(step) - tokens_until(self.logged[1])) / max(now - self.logged[0], 1e-9)  # of all
+                pace = (now - self.began[0]) / (step - self.began[1])  # seconds a step, evaluations and saves included
                 memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes of this process, at its highest
                 if torch.cuda.is_available():  # then the GPU's is the one that matters
                     memory = torch.cuda.max_memory_allocated()  # of this process's GPU
-                logs |= {"tokens_per_second": round(speed), "tokens_seen": tokens,  # on console and progress bar, …
-                         "peak_memory_gb": round(memory / 1e9, 2), "minutes_left": round(minutes, 1)}  # … TensorBoard
+                logs |= {"tokens_per_second": round(speed), "tokens_seen": tokens_until(step),  # of all processes
+                         "peak_memory_gb": round(memory / 1e9, 2),  # near the GPU's size it is time for the remedies
+                         "minutes_left": round((self.state.max_steps - step) * pace / 60, 1)}  # to the last step
                 if peak:  # a known GPU
-                    logs["mfu"] = round(speed * flops / peak, 3)  # of what banner() names
-                self.lately = now, tokens  # the next line begins here
+                    logs["mfu"] = round(speed * flops / peak, 3)  # of the peak that banner() names
+                self.logged = now, step  # where the next line's speed begins
             super().log(logs, *rest)  # to everybody who wants to know
 
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # in evaluations
@@ -1360,42 +1364,46 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
             The Trainer's own mean over a batch counts those chunks twice that fill up the last batch of many processes.
             """
-            chunks = self._prepare_inputs(inputs)["input_ids"]  # (batch, max_seq_length), on the device
+            ids = self._prepare_inputs(inputs)["input_ids"]  # (batch, max_seq_length), on the device
             with torch.no_grad(), self.compute_loss_context_manager():  # autocast
-                result = model(input_ids=chunks, labels=chunks)  # the labels are the inputs
+                result = model(input_ids=ids, labels=ids)  # the labels are the inputs
                 if "token_losses" in result:  # (batch, max_seq_length - 1)
                     losses = result["token_losses"].mean(1)  # one of each chunk
                 else:  # a model's own loss, the mean of a batch: one chunk at a time
-                    each = [model(input_ids=ids[None], labels=ids[None]).loss.float() for ids in chunks]  # scalars
+                    each = [model(input_ids=row[None], labels=row[None]).loss.float() for row in ids]  # scalars
                     losses = torch.stack(each)  # (batch,)
             return None, losses, losses  # predictions and labels: gathered over the ranks, the repeated ones dropped
 
-        def tokens_seen(self):  # since the first step of the run
-            """Return the tokens trained on so far by all processes, those of earlier calls included."""
-            epochs, part = divmod(self.state.epoch or 0, 1)  # whole passes, and how far this one is
-            batch = self.args.train_batch_size * self.args.world_size  # chunks in one forward pass of all processes
-            rounding = math.floor if self.args.dataloader_drop_last else math.ceil  # is a short last batch trained on?
-            batches = rounding(len(train) / batch)  # forward passes in an epoch
-            an_epoch, now = min(batches * batch, len(train)), min(round(part * batches) * batch, len(train))  # chunks
-            return int(epochs * an_epoch + now) * length  # every chunk is full
-
-        def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *rest, **named):  # after every step
-            """Stop at a loss or gradient that is no number, before a log line hides it or a checkpoint keeps it."""
+        def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *rest, **named):  # after a step; again after an epoch
+            """Count the step's loss; stop all ranks at a NaN before it is saved, or at a signal after a checkpoint."""
+            step, control, again = self.state.global_step, self.control, self.state.global_step == self.step  # twice?
+            tokens = tokens_until(step) - tokens_until(self.step)  # in this step; none in the call after an epoch
+            self.weighted = self.weighted + (tr_loss - self.counted) * tokens  # its mean loss × its tokens
+            self.step, self.unlogged = step, self.unlogged + tokens  # counted
             noted = 0 if grad_norm is None or self.args.fp16 else grad_norm  # fp16's loss scaling skips infinite ones
             bad = ~torch.isfinite(tr_loss + noted) & (self.bad_step == 0)  # on the device, not waited for
-            self.bad_step = torch.where(bad, self.state.global_step, self.bad_step)  # the first; as a sum it stays NaN
-            control = self.control  # what is due after this step
+            self.bad_step = torch.where(bad, step, self.bad_step)  # the first; the sum tr_loss stays NaN after it
+
+            self.stopping = agree(stop.signal)  # the same on all ranks
+            ordered = self.stopping and (again or self.state.epoch % 1)  # at an epoch's end its evaluation comes first
+            if ordered:  # the lines below and the Trainer do it
+                control.should_save = control.should_training_stop = True  # a checkpoint, and no further step
             if control.should_log or control.should_save or control.should_training_stop:  # moments that wait anyway
                 first = int(self.accelerator.gather(self.bad_step).max())  # the same on all ranks: all stop together
                 if first:  # the weights are spoilt from this step on
                     causes = "a --learning_rate too high, --fp16, a broken model"  # the likeliest first
-                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and "  # which
-                         f"nothing was saved after it. Usual causes: {causes}. Change that, and start with "  # why
-                         "another --output_dir", status=1)  # going on from the last checkpoint would end the same way
+                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and nothing "
+                         f"was saved after it. Usual causes: {causes}. Change that, and start with another "  # as …
+                         "--output_dir", status=1)  # … going on from the last checkpoint would end the same way
+
             start = time.time()  # evaluations and saves shall not count as slow training
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # as the Trainer does
-            spent = time.time() - max(start, self.lately[0])  # the log line, if any, came before them
-            self.lately = self.lately[0] + spent, self.lately[1]  # as if they had taken no time
+            self.counted = tr_loss.clone()  # 0 after a log line
+            spent = time.time() - max(start, self.logged[0])  # the log line, if any, came before them
+            self.logged = self.logged[0] + spent, self.logged[1]  # as if they had taken no time
+            if ordered:  # the checkpoint is there
+                saved = os.path.join(output_dir, f"checkpoint-{step}")  # where the same command goes on
+                stop.leave(self.stopping, f" at step {step:,} of {self.state.max_steps:,}; saved {saved}")  # exits
 
         def _get_output_dir(self, trial):  # the Trainer asks where to put checkpoint-N, and which are old
             """Return .staging: what has its place in output_dir is out of the Trainer's reach, also for deletion."""
@@ -1407,10 +1415,12 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             draft, final = os.path.join(staging, name), os.path.join(output_dir, name)  # before and after the rename
             if os.path.isdir(final):  # saved already, at the end of this step or before a stop
                 return  # the same state: a whole checkpoint is never touched again
-            loss = self.accelerator.gather(self._tr_loss).mean().item()  # of the steps since the last log line
+            sums = torch.stack([self._tr_loss, self.weighted])  # of the steps since the last log line
+            loss, weighted = self.accelerator.gather(sums[None]).mean(0).tolist()  # over all processes
             progress = {"step": self.state.global_step, "max_steps": self.state.max_steps,  # finished when equal
                         "seconds": time.time() - self.started, "logged": self._globalstep_last_logged,  # the last line
-                        "loss": loss, "losses": self._total_loss_scalar}  # since that line; the sum of all before it
+                        "loss": loss, "losses": self._total_loss_scalar,  # of steps since that line; of all before it
+                        "weighted": weighted, "unlogged": self.unlogged}  # for the next line's mean over tokens
             try:  # the disk may be full, or gone
                 super()._save_checkpoint(model, trial)  # each rank writes its random state, rank 0 all else
                 self.accelerator.wait_for_everyone()  # nobody is still writing
@@ -1427,55 +1437,40 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             except Exception as error:  # torch and safetensors report a full disk with kinds of their own
                 needed = 12 * sum(weight.numel() for weight in self.model.parameters())  # float32 weights, Adam's two
                 free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes
-                disk = isinstance(error, OSError) or "strerror" in str(error)  # torch.save's word for the reason
-                if not disk and free > needed:  # something else
-                    raise  # not ours to explain
+                if not isinstance(error, OSError) and "strerror" not in str(error) and free > needed:  # torch's word
+                    raise  # something else than the disk: not ours to explain
                 words = " ".join(str(error).split())  # No space left on device, …
                 size = f"it needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free"  # gigabytes
-                fail(f"{name} could not be saved in {output_dir} ({words}): {size}. Earlier checkpoints are "  # … and …
-                     "whole: make space, then the same command goes on", status=1)  # … nothing else is lost
+                fail(f"{name} could not be saved in {output_dir} ({words}): {size}. Earlier checkpoints are "  # which …
+                     "whole: make space, then the same command goes on", status=1)  # … is all that can be lost
             finally:  # saved or not
                 if self.args.should_save:  # the others leave it alone
                     shutil.rmtree(staging, ignore_errors=True)  # empty after a rename; gives its space back otherwise
 
-    class Keeper(TrainerCallback):  # what happens between steps
-        """Takes up where the last call stopped, and stops all ranks at the same step when any of them got a signal."""
+    def agree(signal_):  # signals reach processes at different moments, but all have to stop after the same step
+        """Return the highest number of a signal that any rank has received, 0 for none."""
+        if world == 1:  # nobody to ask
+            return signal_  # of this process
+        highest = torch.tensor(signal_)  # on the CPU, so that no GPU is waited for
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)  # a few bytes a step
+        return highest.item()  # the same on all ranks
 
-        signal = 0  # agreed by all ranks
+    class Restore(TrainerCallback):  # events that are no method of the Trainer
+        """Takes up where the last call stopped, so that logs and results cover the whole run."""
 
         def on_train_begin(self, args, state, control, **_):  # everything is loaded, nothing has been trained
-            """Restore what the Trainer starts anew with every call, so that the logs cover the whole run."""
+            """Restore what the Trainer starts anew with every call."""
             stop.training = True  # from now on a signal waits for a checkpoint
             state.compute_steps(args, state.max_steps)  # a changed --logging_steps or --save_steps takes effect
             trainer.started = time.time() - past.get("seconds", 0)  # train_runtime is that of all calls together
-            trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has counted yet
             trainer._total_loss_scalar, trainer._initial_global_step = past.get("losses", 0.0), 0  # for train_loss
-            trainer._globalstep_last_logged = past.get("logged", 0)  # the next line's mean begins there
-            trainer.began = trainer.lately = time.time(), trainer.tokens_seen()  # for speed and time left
+            trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has counted yet …
+            trainer.counted = trainer._tr_loss.clone()  # … but whose tokens were:
+            trainer.weighted, trainer.unlogged = trainer.weighted + past.get("weighted", 0), past.get("unlogged", 0)
+            trainer._globalstep_last_logged, trainer.step = past.get("logged", 0), state.global_step  # where they end
+            trainer.began = trainer.logged = time.time(), state.global_step  # for speed and time left
             best = os.path.join(output_dir, f"checkpoint-{state.best_global_step}")  # the run may have been moved
             state.best_model_checkpoint = best if os.path.isdir(best) else None  # to load it at the end
-
-        def on_step_end(self, args, state, control, **_):  # all ranks have made the same step
-            """Agree on whether to stop, and order the checkpoint."""
-            self.signal = stop.signal  # of this process
-            if args.world_size > 1:  # signals reach processes at different moments
-                any_signal = torch.tensor(stop.signal)  # on the CPU, so that no GPU is waited for
-                dist.all_reduce(any_signal, dist.ReduceOp.MAX, group=group)  # a few bytes
-                self.signal = any_signal.item()  # the same on all ranks
-            if self.signal and state.epoch % 1:  # at the end of an epoch its evaluation comes first
-                control.should_save = control.should_training_stop = True  # read right after this
-
-        def on_epoch_end(self, args, state, control, **_):  # the last step of an epoch
-            """Order the checkpoint where on_step_end left it to us."""
-            if self.signal:  # the evaluation of the epoch comes before the save
-                control.should_save = control.should_training_stop = True  # read right after this
-
-        def on_save(self, args, state, control, **_):  # the checkpoint is there
-            """Leave when a signal ordered it."""
-            if self.signal and control.should_training_stop:  # not after a save that was due anyway
-                saved = os.path.join(output_dir, f"checkpoint-{state.global_step}")  # where it is
-                where = f"at step {state.global_step:,} of {state.max_steps:,}"  # how far it came
-                stop.leave(self.signal, f" {where}; saved {saved}")  # exits
 
         def on_train_end(self, args, state, control, **_):  # the last checkpoint is there
             """From here on a signal ends the run at once: the same command does the rest."""
@@ -1483,33 +1478,36 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             if stop.signal:  # it came after the last step
                 stop.leave(stop.signal, " after the last step")  # only the final model is missing
 
-    group = dist.new_group(backend="gloo") if training_args.world_size > 1 else None  # for the agreement, beside NCCL
     trainer = ReliableTrainer(  # it also sets the seed and makes optimizer and schedule
         model=model,  # moved to the device here
         args=training_args,  # everything from the command line
-        train_dataset=train,  # chunks, shuffled anew every epoch
-        eval_dataset=validation,  # in order
+        train_dataset=train and train.with_format("torch"),  # chunks, shuffled anew every epoch; tensors, because …
+        eval_dataset=validation and validation.with_format("torch"),  # … lists of Python's numbers take long to stack
         data_collator=collate,  # chunks → batches
         processing_class=tokenizer,  # saved beside every checkpoint and the final model
-        callbacks=[Keeper()],  # after the Trainer's own
+        callbacks=[Restore()],  # after the Trainer's own
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()},  # all chunks have as many tokens: a plain mean
     )
     with trainer.compute_loss_context_manager():  # autocast, which Flash Attention needs
         if not use_chunked_loss(model):  # on the device by now
             say("note     this model has no plain head: its own loss is used, which holds all logits in memory")  # slow
     if "tensorboard" in training_args.report_to and training_args.process_index == 0:  # the others write nothing
-        from torch.utils.tensorboard import SummaryWriter  # event files
-        from transformers.integrations import TensorBoardCallback  # the Trainer has added one without purge_step
-
-        runs = os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(output_dir, "runs")  # one folder, one curve
-        trainer.remove_callback(TensorBoardCallback)  # instead of it:
-        first = None if train is None else past.get("step", -1) + 1  # the first step to come; --do_eval makes none
-        if not past or past["step"] < past["max_steps"]:  # there are steps to make
-            writer = SummaryWriter(runs, purge_step=first)  # hides what an earlier call wrote from there on
-            board = TensorBoardCallback(writer)  # flushes after every line, closes after the last step
-            board._SummaryWriter = None  # or the final evaluation, a result, would open another folder and curve
-            trainer.add_callback(board)  # beside the console
+        use_one_curve(trainer, past)  # however often the run is stopped
     return trainer  # ready to train or to evaluate
+
+
+def use_one_curve(trainer, past):  # the Trainer's own callback opens a folder for each call
+    """Let TensorBoard show one curve in output_dir/runs. past (dict): the progress that the run goes on from, or {}."""
+    from torch.utils.tensorboard import SummaryWriter  # event files
+    from transformers.integrations import TensorBoardCallback  # the Trainer has added one without purge_step
+
+    trainer.remove_callback(TensorBoardCallback)  # instead of it:
+    runs = os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(trainer.args.output_dir, "runs")  # one folder
+    if not past or past["step"] < past["max_steps"]:  # there are steps to make
+        first = None if trainer.train_dataset is None else past.get("step", -1) + 1  # the first step to come, if any
+        board = TensorBoardCallback(SummaryWriter(runs, purge_step=first))  # hides what was written from there on
+        board._SummaryWriter = None  # or the final evaluation, a result, would open another folder and curve
+        trainer.add_callback(board)  # flushes after every line, closes after the last step
 
 
 def banner(args, training_args, model, train, validation):  # read it before a night of training
@@ -1612,7 +1610,7 @@ def train_and_save(trainer, checkpoint, facts):  # the night
     Args: checkpoint (str or None): where to go on from; when it is the last one of the run, only the rest is done.
         facts (dict): for the manifest, which is written last: the sign of a finished run.
     """
-    past, metrics = facts["progress"], {}  # of earlier calls of this run
+    past, output_dir = facts["progress"], trainer.args.output_dir  # of earlier calls; from_pretrained() will read it
     if past and past["step"] >= past["max_steps"]:  # killed after the last checkpoint: its weights are loaded already
         loss = (past["losses"] + past["loss"]) / past["step"]  # the mean over all steps
         metrics = {"train_runtime": past["seconds"], "train_loss": loss}  # as the Trainer would have reported
@@ -1622,7 +1620,6 @@ def train_and_save(trainer, checkpoint, facts):  # the night
         for name in ("train_samples_per_second", "train_steps_per_second"):  # all steps ÷ the time of this call …
             metrics[name] *= share / metrics["train_runtime"]  # … put right: ÷ the time of all calls
 
-    output_dir = trainer.args.output_dir  # from_pretrained(output_dir) will work
     staging = os.path.join(output_dir, ".staging")  # a kill in here leaves no half model: the same command goes on
     trainer.model.config.use_cache = True  # generation with the saved model wants its cache back
     trainer.save_model(staging)  # model.safetensors, config.json, tokenizer; all ranks call it, rank 0 writes
@@ -1631,6 +1628,7 @@ def train_and_save(trainer, checkpoint, facts):  # the night
         for name in sorted(os.listdir(staging), key=lambda name: name.endswith(".safetensors")):  # the weights last
             if name != "manifest.json":  # waits for the metrics
                 os.replace(os.path.join(staging, name), os.path.join(output_dir, name))  # whole or absent
+
     if trainer.eval_dataset is not None:  # held-out text says whether it learnt or memorized
         rows = [row for row in trainer.state.log_history if "eval_loss" in row][-1:]  # the last one in training
         best = trainer.args.load_best_model_at_end  # then the model is no longer that of the last step
@@ -1648,19 +1646,20 @@ def main(argv=None):  # the table of contents
     stop = Stop()  # from here on a signal ends the run with a sentence
     args = parse_args(argv)  # a wrong call ends here, at once
     training_args = make_training_arguments(args)  # from here on torch, the device and the other processes are known
-    import torch  # imported by the line above already
-    import transformers  # likewise
     from safetensors import SafetensorError  # its word for a disk that is full
+    from transformers import set_seed  # of torch, numpy and Python at once
+    from transformers.trainer_utils import IntervalStrategy  # "no", "steps" or "epoch"
 
-    transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
+    set_seed(args.seed)  # new embedding rows, if any, are the same in every run
     facts = {"settings": run_settings(args, training_args)}  # for the manifests of this run
-    facts["versions"] = {"torch": torch.__version__, "transformers": transformers.__version__,  # they may round …
-                         "device": training_args.device.type}  # … differently: going on is allowed, with a warning
-    checkpoint, manifest, finished = None, {}, False  # a fresh start …
+    facts["versions"] = {name: version(name) for name in ("torch", "transformers")}  # they may round differently …
+    facts["versions"]["device"] = training_args.device.type  # … as may the device: going on is allowed, with a warning
+    checkpoint, manifest = None, {}  # a fresh start …
     if not args.evaluate_only:  # … unless an earlier call was stopped
         lock = claim(args.output_dir) if training_args.process_index == 0 else None  # noqa: F841  kept until the end
-        checkpoint, manifest, finished = find_run(args, facts["settings"])  # what an earlier call left
-    if finished:  # the final model is there, and whole
+        found = find_checkpoint(args.output_dir, args.resume_from_checkpoint)  # a path and its manifest
+        checkpoint, manifest = same_run(args, *found, facts["settings"])  # or a sentence, before minutes of work
+    if checkpoint == args.output_dir:  # the final model is there, and whole
         say(f"This run finished at step {manifest['progress']['step']:,}: nothing is left to train.",  # exit status 0
             f"Its model is in {args.output_dir}; to train it further, start a new run from it with "  # its rate …
             f"--model_name_or_path {args.output_dir} and another --output_dir.")  # … has fallen to zero
@@ -1675,7 +1674,7 @@ def main(argv=None):  # the table of contents
     if validation is None:  # nothing to evaluate on
         if training_args.load_best_model_at_end:  # asked for by a Trainer flag
             fail("--load_best_model_at_end needs validation data: give --validation_file")  # best by what?
-        training_args.eval_strategy = transformers.trainer_utils.IntervalStrategy.NO  # --eval_steps has no meaning then
+        training_args.eval_strategy = IntervalStrategy.NO  # --eval_steps has no meaning then
 
     model = load_model(args.model_name_or_path, tokenizer, args.use_flash_attention)  # float32, still on the CPU
     if not args.evaluate_only:  # is the checkpoint's run really this one?
@@ -1688,6 +1687,7 @@ def main(argv=None):  # the table of contents
             best = json.load(file)["best_global_step"] if training_args.load_best_model_at_end else None  # M, or None
         folder = os.path.join(os.path.dirname(checkpoint), f"checkpoint-{best or past['step']}")  # the one to publish
         model = load_model(folder, tokenizer, args.use_flash_attention)  # trained: nothing is left for the Trainer
+
     RANKS.wait()  # one machine may still be downloading: from here on --ddp_timeout is the limit
     try:  # parts that are asked for by a flag and not there
         trainer = make_trainer(model, tokenizer, training_args, train, validation, stop, facts)  # on the device

@@ -1,12 +1,21 @@
-"""The loss alone, at the real shape, across chunk sizes: seconds and peak memory beside the plain loss.
+"""The loss alone, at the real shape: seconds and peak memory of main.py's and of others, across chunk sizes.
 
-    python benchmarks/loss.py [--tokens 2048] [--rounds 3] [--memory 0.125 0.25 0.5 1 2 4]
+    python benchmarks/loss.py [--tokens 2048] [--rounds 3] [--memory 0.125 0.25 0.5 1 2 4] [--only ours torch-none]
+
+    plain         all logits at once, as transformers does
+    ours          main.py's token_losses: gradients made beside the loss, chunk by chunk
+    torch-none    torch.nn.functional.linear_cross_entropy (torch 2.13 or newer), each loss returned, summed in float32
+    torch-sum     the same, summed inside, in the dtype of its inputs
+    torch-auto    the same with its own choice of rows, which follows V/H
+    checkpointed  chunks under torch.utils.checkpoint: the logits are computed a second time in the backward pass
+    liger, cce    Liger's and Apple's fused kernels, on a GPU where liger-kernel or cut-cross-entropy is installed
 
 Hidden states (tokens, 640) and the head (262,144, 640) are random; each measurement is a process of its own, in turns.
 A round computes loss and both gradients under bfloat16 autocast, as training does; peak memory is above the inputs.
 """
 
 import argparse
+import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -15,10 +24,42 @@ from statistics import median
 from time import perf_counter
 
 WIDTH, WORDS = 640, 262_144  # of Gemma 3 270M
+OTHERS = ("torch-none", "torch-sum", "torch-auto", "checkpointed", "liger", "cce")
+NEEDS = {"liger": "liger_kernel", "cce": "cut_cross_entropy"}
 
 
-def measure(tokens, gigabytes):
-    """Print seconds (the second of two calls), peak GB above the inputs, and the mean loss; 0 gigabytes: plain."""
+def loss_of(name, hidden, weight, labels, rows):
+    """Return the summed loss of one of the others, to go backward from. rows (int): tokens in a chunk."""
+    import torch
+    from torch.nn.functional import cross_entropy
+
+    if name == "plain":
+        return cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
+    if name == "checkpointed":
+        from torch.utils.checkpoint import checkpoint
+
+        def part(states, targets):
+            return cross_entropy((states @ weight.T).float(), targets, reduction="sum")
+
+        parts = zip(hidden.split(rows), labels.split(rows), strict=True)
+        return sum(checkpoint(part, states, targets, use_reentrant=False) for states, targets in parts)
+    if name == "liger":
+        from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+        return LigerFusedLinearCrossEntropyLoss(reduction="sum")(weight, hidden, labels)
+    low, head = hidden.to(torch.bfloat16), weight.to(torch.bfloat16)  # these two do not heed autocast
+    if name == "cce":
+        from cut_cross_entropy import linear_cross_entropy
+
+        return linear_cross_entropy(low, head, labels, reduction="sum")
+    options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=None if name == "torch-auto" else rows)
+    reduction = "none" if name == "torch-none" else "sum"
+    losses = torch.nn.functional.linear_cross_entropy(low, head, labels, reduction=reduction, options=options)
+    return losses.float().sum()
+
+
+def measure(name, tokens, gigabytes):
+    """Print seconds (the second of two calls), peak GB above the inputs, and the mean loss."""
     import torch
 
     sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -39,41 +80,58 @@ def measure(tokens, gigabytes):
         hidden.grad = weight.grad = None
         before = perf_counter()
         with torch.autocast(device, torch.bfloat16):
-            if gigabytes:
+            if name == "ours":
                 losses, hidden.grad, weight.grad = main.token_losses(hidden, weight, labels, None, True)
                 loss = losses.detach().sum()
             else:
-                loss = torch.nn.functional.cross_entropy((hidden @ weight.T).float(), labels, reduction="sum")
-        if not gigabytes:
+                loss = loss_of(name, hidden, weight, labels, rows_of(gigabytes))
+        if name != "ours":
             loss.backward()
         mean = loss.item() / tokens  # waits for the device
         seconds = perf_counter() - before
     print(seconds, (peak() - start) / 1e9, mean)
 
 
+def rows_of(gigabytes):
+    """Tokens whose logits, as main.py counts them (8 bytes a logit under bfloat16), fill so much memory."""
+    return int(gigabytes * 1e9 / (8 * WORDS))
+
+
 def run(argv=None):
     """Measure in turns, print a table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, default=2048)
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--memory", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1, 2, 4], help="GB of a chunk")
-    parser.add_argument("--one", type=float, help=argparse.SUPPRESS)
+    add = parser.add_argument
+    add("--tokens", type=int, default=2048)
+    add("--rounds", type=int, default=3)
+    add("--memory", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1, 2, 4], help="GB of a chunk, for ours")
+    add("--others", type=float, default=0.5, help="GB of a chunk, for the others (default: 0.5)")
+    add("--only", nargs="+", choices=["plain", "ours", *OTHERS], help="some of them")
+    add("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.one is not None:
-        return measure(args.tokens, args.one)
-    seen = {gigabytes: [] for gigabytes in [0, *args.memory]}
+        return measure(args.one[0], args.tokens, float(args.one[1]))
+    cases = [("plain", 0), *(("ours", size) for size in args.memory), *((name, args.others) for name in OTHERS)]
+    seen = {case: [] for case in cases if not args.only or case[0] in args.only}
+    for name in NEEDS:
+        if not importlib.util.find_spec(NEEDS[name]):
+            seen.pop((name, args.others), None)
     for _ in range(args.rounds):
-        for gigabytes in seen:
-            words = [sys.executable, __file__, "--tokens", str(args.tokens), "--one", str(gigabytes)]
-            done = subprocess.run(words, check=True, capture_output=True, text=True)
-            seen[gigabytes].append([float(word) for word in done.stdout.split()])
+        for name, gigabytes in seen:
+            words = [sys.executable, __file__, "--tokens", str(args.tokens), "--one", name, str(gigabytes)]
+            done = subprocess.run(words, capture_output=True, text=True)
+            if done.returncode:
+                print(f"{name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
+                continue
+            seen[name, gigabytes].append([float(word) for word in done.stdout.split()])
     print("| loss | rows a chunk | seconds (least to most) | peak GB | mean loss |\n|---|---|---|---|---|")
-    for gigabytes, rows in seen.items():
-        seconds, peaks, means = zip(*rows, strict=True)
-        size = int(gigabytes * 1e9 / (8 * WORDS)) or args.tokens
-        print(f"| {f'chunks of {gigabytes:g} GB' if gigabytes else 'plain'} | {min(size, args.tokens):,} "
-              f"| {median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) | {max(peaks):.2f} "
-              f"| {means[0]:.4f} |")  # fmt: skip
+    for (name, gigabytes), measured in seen.items():
+        if not measured:
+            print(f"| {name} | | failed | | |")
+            continue
+        seconds, peaks, means = zip(*measured, strict=True)
+        rows = {"plain": f"{args.tokens:,}", "torch-auto": "its own"}.get(name, f"{rows_of(gigabytes):,}")
+        print(f"| {name} | {rows} | {median(seconds):.2f} ({min(seconds):.2f} to {max(seconds):.2f}) "
+              f"| {max(peaks):.2f} | {means[0]:.4f} |")  # fmt: skip
 
 
 if __name__ == "__main__":

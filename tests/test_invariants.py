@@ -115,7 +115,7 @@ def make_trainer(*parts):
     trainer = original(*parts)
     collate = trainer.data_collator
     def note(chunks):
-        seen.extend(tuple(chunk["input_ids"]) for chunk in chunks)
+        seen.extend(tuple(chunk["input_ids"].tolist()) for chunk in chunks)
         return collate(chunks)
     trainer.data_collator = note
     return trainer
