@@ -80,7 +80,8 @@ def profile(argv, args):
         time = event.self_device_time_total if gpu else event.self_cpu_time_total
         times[kind_of(event)] = times.get(kind_of(event), 0) + time / 1e6
     total = sum(times.values())
-    print(f"\n{args.batch} × {args.length} tokens a step, {args.steps} steps\n\n| part | seconds a step | share |\n|---|---|---|")
+    print(f"\n{args.batch} × {args.length} tokens a step, {args.steps} steps\n")
+    print("| part | seconds a step | share |\n|---|---|---|")
     for kind, seconds in sorted(times.items(), key=lambda row: -row[1]):
         print(f"| {kind} | {seconds / args.steps:.3f} | {seconds / total:.1%} |")
 
