@@ -1117,7 +1117,8 @@ def same_run(args, checkpoint, manifest, now):  # on every rank
     from accelerate import PartialState  # which rank this is, and a way to wait for all
 
     saved = manifest.get("settings", now)  # a fresh start has no manifest: nothing to compare with
-    other = [f"{name} was {saved.get(name)!r}, is {value!r}" for name, value in now.items() if saved.get(name) != value]
+    other = [f"{name} was {saved.get(name)!r}, is {value!r}"  # both values, for the sentence below
+             for name, value in now.items() if saved.get(name) != value]  # None where a manifest knows nothing of it
     if not other:  # the usual case
         return checkpoint, manifest  # the same run
     if not args.overwrite_output_dir:  # going on would give neither the one run nor the other
@@ -1392,9 +1393,9 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 first = int(self.accelerator.gather(self.bad_step).max())  # the same on all ranks: all stop together
                 if first:  # the weights are spoilt from this step on
                     causes = "a --learning_rate too high, --fp16, a broken model"  # the likeliest first
-                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and nothing "
-                         f"was saved after it. Usual causes: {causes}. Change that, and start with another "  # as …
-                         "--output_dir", status=1)  # … going on from the last checkpoint would end the same way
+                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and "  # which
+                         f"nothing was saved after it. Usual causes: {causes}. Change that, and start with "  # why
+                         "another --output_dir", status=1)  # going on from the last checkpoint would end the same way
 
             start = time.time()  # evaluations and saves shall not count as slow training
             super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # as the Trainer does
@@ -1464,9 +1465,10 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             state.compute_steps(args, state.max_steps)  # a changed --logging_steps or --save_steps takes effect
             trainer.started = time.time() - past.get("seconds", 0)  # train_runtime is that of all calls together
             trainer._total_loss_scalar, trainer._initial_global_step = past.get("losses", 0.0), 0  # for train_loss
-            trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has counted yet …
-            trainer.counted = trainer._tr_loss.clone()  # … but whose tokens were:
-            trainer.weighted, trainer.unlogged = trainer.weighted + past.get("weighted", 0), past.get("unlogged", 0)
+            trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has shown yet
+            trainer.counted = trainer._tr_loss.clone()  # they are in the sum below already:
+            trainer.weighted = trainer.weighted + past.get("weighted", 0)  # loss × tokens since the last line …
+            trainer.unlogged = past.get("unlogged", 0)  # … and those tokens
             trainer._globalstep_last_logged, trainer.step = past.get("logged", 0), state.global_step  # where they end
             trainer.began = trainer.logged = time.time(), state.global_step  # for speed and time left
             best = os.path.join(output_dir, f"checkpoint-{state.best_global_step}")  # the run may have been moved
