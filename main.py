@@ -53,7 +53,8 @@ PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by a part of the device
     "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A40": 149.7, "L40S": 362, "L4": 121,  # server
     "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "V100": 125,  # desktop; the first name that fits counts
 }
-LOSS_MEMORY = {"cuda": 4e9, "cpu": 0.5e9}  # bytes for the logits of one chunk of tokens: some 2,000, or 240, at a time
+LOSS_MEMORY = {"cuda": 2.2e9, "cpu": 0.54e9}  # bytes for the logits of a chunk: 4,096, or 1,024, tokens in 16 bits
+SOFTMAX_ROWS = 128  # tokens of a chunk that go through the softmax at a time, in float32: 0.13 GB
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
     "(1) add --bf16; "  # halves the activations, costs nothing on a GPU since Ampere
@@ -1165,40 +1166,50 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
     Returns: losses (N,), float32; (N, H) as hidden, or None; (V, H) as weight, or None. The sums are made in float32.
     """
     import torch  # matrix products
-    from torch.nn.functional import linear, log_softmax, softmax  # fused kernels: float32 inside, whatever the dtype
+    from torch.nn.functional import linear, log_softmax  # the head; a softmax that is float32 inside
 
     kind = hidden.device.type  # cuda or cpu
     mixed = torch.is_autocast_enabled(kind)  # --bf16, --fp16
     dtype = torch.get_autocast_dtype(kind) if mixed else hidden.dtype  # of the products with the vocabulary
     # GradScaler has not scaled these gradients yet, and unscaled they can be too small for float16: float32 instead.
     precise = torch.float32 if dtype == torch.float16 else dtype  # of the products that make gradients
-    each = dtype.itemsize + 4 + precise.itemsize  # bytes a logit: as computed, its log p in float32, its gradient
-    rows = max(1, int(LOSS_MEMORY.get(kind, LOSS_MEMORY["cpu"]) / (each * len(weight))))  # tokens in a chunk
+    most = LOSS_MEMORY.get(kind, LOSS_MEMORY["cpu"]) / (precise.itemsize * len(weight))  # tokens that fit the memory
+    rows = math.ceil(len(labels) / math.ceil(len(labels) / max(1, int(most))))  # tokens in a chunk, all nearly equal
+    learnt = labels != -100  # (N,): which tokens count
+    targets = labels.clamp(min=0)[:, None]  # (N, 1): -100 is no index
+    losses = torch.empty(len(labels), dtype=torch.float32, device=labels.device)  # (N,)
+    to_hidden = torch.empty_like(hidden) if with_gradients else None  # (N, H)
+    to_weight = torch.empty_like(weight, dtype=torch.float32) if with_gradients else None  # (V, H)
+
     with torch.no_grad(), torch.autocast(kind, enabled=False):  # every dtype is chosen here
-        learnt = labels != -100  # (N,): which tokens count
-        targets = labels.clamp(min=0)[:, None]  # (N, 1): -100 is no index
-        losses = torch.empty(len(labels), dtype=torch.float32, device=labels.device)  # (N,)
-        to_hidden = torch.empty_like(hidden) if with_gradients else None  # (N, H)
-        to_weight = weight.new_zeros(weight.shape, dtype=torch.float32) if with_gradients else None  # (V, H)
         head = weight.to(dtype)  # (V, H): once for all chunks
         back = weight.to(precise) if precise != dtype else head  # (V, H): the same, but for fp16
-        for first in range(0, len(labels), rows):  # as many tokens at a time as the memory allows
-            chunk = slice(first, first + rows)  # the last one may be shorter
-            logits = linear(hidden[chunk].to(dtype), head)  # (rows, V): the large one
+        for chunk in (slice(first, first + rows) for first in range(0, len(labels), rows)):  # the last may be shorter
+            logits = linear(hidden[chunk].to(dtype), head).to(precise)  # (rows, V): the one large tensor
             if cap:  # Gemma 2 has 30, Gemma 3 none
                 logits.div_(cap).tanh_().mul_(cap)  # in place
-            known = log_softmax(logits, -1, dtype=torch.float32).gather(-1, targets[chunk])  # (rows, 1): log p(label)
-            losses[chunk] = -known[:, 0] * learnt[chunk]  # 0 for -100
-            if with_gradients:  # d loss / d logit is p − 1 for the label and p for all other words
-                slope = softmax(logits, -1).to(precise)  # (rows, V): p
-                slope.scatter_(-1, targets[chunk], known.expm1().to(precise))  # p − 1, exact also where p is nearly 1
-                if cap:  # the chain rule through the tanh
-                    slope.mul_(1 - (logits / cap).square())  # its derivative is 1 − tanh²
+            few = (tensor.split(SOFTMAX_ROWS) for tensor in (logits, targets[chunk], losses[chunk]))  # views: writable
+            for scores, target, loss in zip(*few, strict=True):  # a few tokens at a time, as float32 takes more memory
+                logs = log_softmax(scores, -1, dtype=torch.float32)  # log p of every word
+                known = logs.gather(-1, target)  # log p(label), one a token
+                loss.copy_(-known[:, 0])  # in its place in losses
+                if with_gradients:  # d loss / d logit is p − 1 for the label and p for all other words
+                    bend = 1 - (scores / cap).square() if cap else None  # the derivative of the tanh is 1 − tanh²
+                    torch.exp(logs, out=scores)  # p, in the place of the logits
+                    scores.scatter_(-1, target, known.expm1().to(precise))  # p − 1, exact also where p is nearly 1
+                    if cap:  # the chain rule
+                        scores.mul_(bend)  # through the tanh
+
+            if with_gradients:  # logits holds d loss / d logit by now
                 inputs = hidden[chunk].to(precise) * learnt[chunk, None]  # (rows, H): 0 for -100
-                for part, words in zip(to_weight.split(32768), slope.split(32768, dim=1), strict=True):  # an eighth
-                    part += words.T @ inputs  # summed over the chunks in float32; no (V, H) product beside it
-                to_hidden[chunk] = (slope @ back) * learnt[chunk, None]  # (rows, H)
-    return losses, to_hidden, None if to_weight is None else to_weight.to(weight.dtype)  # no logits survive
+                for part, words in zip(to_weight.split(32768), logits.split(32768, dim=1), strict=True):  # an eighth
+                    made = words.T @ inputs  # (V / 8, H): no product as large as all of to_weight
+                    if chunk.start == 0:  # the first chunk: spares filling to_weight with zeros
+                        part.copy_(made)  # in float32
+                    else:  # further ones
+                        part.add_(made)  # summed in float32, whatever the dtype of the products
+                to_hidden[chunk] = (logits @ back) * learnt[chunk, None]  # (rows, H)
+    return losses * learnt, to_hidden, None if to_weight is None else to_weight.to(weight.dtype)  # no logits survive
 
 
 def use_chunked_loss(model):  # instead of the model's own, which holds all logits

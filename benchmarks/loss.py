@@ -1,6 +1,6 @@
 """The loss alone, at the real shape: seconds and peak memory of main.py's and of others, across chunk sizes.
 
-    python benchmarks/loss.py [--tokens 2048] [--rounds 3] [--memory 0.125 0.25 0.5 1 2 4] [--only ours torch-none]
+    python benchmarks/loss.py [--tokens 2048] [--rounds 3] [--memory 0.27 0.54 1.08] [--only ours torch-none]
 
     plain         all logits at once, as transformers does
     ours          main.py's token_losses: gradients made beside the loss, chunk by chunk
@@ -93,8 +93,8 @@ def measure(name, tokens, gigabytes):
 
 
 def rows_of(gigabytes):
-    """Tokens whose logits, as main.py counts them (8 bytes a logit under bfloat16), fill so much memory."""
-    return int(gigabytes * 1e9 / (8 * WORDS))
+    """Tokens whose logits, as main.py counts them (2 bytes a logit under bfloat16), fill so much memory."""
+    return int(gigabytes * 1e9 / (2 * WORDS))
 
 
 def run(argv=None):
@@ -103,8 +103,8 @@ def run(argv=None):
     add = parser.add_argument
     add("--tokens", type=int, default=2048)
     add("--rounds", type=int, default=3)
-    add("--memory", type=float, nargs="+", default=[0.125, 0.25, 0.5, 1, 2, 4], help="GB of a chunk, for ours")
-    add("--others", type=float, default=0.5, help="GB of a chunk, for the others (default: 0.5)")
+    add("--memory", type=float, nargs="+", default=[0.07, 0.135, 0.27, 0.54, 1.08], help="GB of a chunk, for ours")
+    add("--others", type=float, default=0.54, help="GB of a chunk, for the others (default: 0.54)")
     add("--only", nargs="+", choices=["plain", "ours", *OTHERS], help="some of them")
     add("--one", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args(argv)

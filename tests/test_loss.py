@@ -13,8 +13,9 @@ WIDTH, WORDS = 16, 97
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """At most seven tokens at a time, so that every test has several chunks, and a shorter last one."""
-    monkeypatch.setitem(main.LOSS_MEMORY, "cpu", 7 * 12 * WORDS + 1)
+    """At most seven tokens at a time, three in the softmax, so that every test has several chunks, and uneven ones."""
+    monkeypatch.setitem(main.LOSS_MEMORY, "cpu", 7 * 4 * WORDS + 1)
+    monkeypatch.setattr(main, "SOFTMAX_ROWS", 3)
 
 
 def inputs(tokens, dtype=torch.float32, ignored=()):
@@ -97,7 +98,7 @@ def model(tiny):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_learns_as_with_its_own_loss(model, cap, items, checkpointing, monkeypatch):
     """The tied embedding, every other weight, num_items_in_batch, two accumulated batches, gradient checkpointing."""
-    monkeypatch.setitem(main.LOSS_MEMORY, "cpu", 13 * 12 * model.config.vocab_size)
+    monkeypatch.setitem(main.LOSS_MEMORY, "cpu", 13 * 4 * model.config.vocab_size)
     model.config.final_logit_softcapping = cap
     plain = copy.deepcopy(model)
     assert main.use_chunked_loss(model)
