@@ -95,7 +95,7 @@ def number(kind, low, above=False):  # the type of a flag: a wrong value is foun
             wanted = "a whole number" if kind is int else "a number"  # the user's words, not Python's
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None  # argparse adds the flag's name
         if not low <= value < math.inf or (above and value == low):  # also finds nan, which fails every comparison
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # the limit
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # says how
         return value  # of the right type and size
 
     return read  # called with the text behind the flag
@@ -107,7 +107,7 @@ def trainer_flags():  # as the Trainer's documentation lists them
     if package is None:  # a fresh machine before the set-up
         fail("transformers is not installed: pip install -r requirements.txt", status=1)  # names the one command
     path = os.path.join(os.path.dirname(package.origin), "training_args.py")  # where the class is written down
-    with open(path, encoding="utf-8") as source:  # 3,000 lines
+    with open(path, encoding="utf-8") as source:  # 3,000 lines, of which nothing runs
         return re.findall(r"^    (\w+): .*= field\(", source.read(), re.MULTILINE)  # "    max_steps: int = field("
 
 
@@ -186,7 +186,7 @@ def parse_args(argv=None):  # all that the user decides
     args.given = [text.partition("=")[0] for text in argv if text.startswith("--")]  # "--max_steps=10" → "--max_steps"
     for flag in args.given:  # the Trainer also has a --no_NAME for each switch that is on by default
         if flag not in known and flag.replace("--no_", "--") not in known:  # a slip of a letter, or a shortened flag
-            fail(f"unknown flag {flag}{nearest(flag, known)}; see python main.py --help")  # at once
+            fail(f"unknown flag {flag}{nearest(flag, known)}; see python main.py --help")  # before anything is imported
     args.trainer_argv = left  # HfArgumentParser checks the values, and finds stray words, once it is imported
     check_args(args)  # paths and combinations: everything that can be found wrong without torch
     return args  # from here on the call is known to be sensible
@@ -207,11 +207,11 @@ def check_args(args):  # what argparse cannot say
     if args.dataset_name and (args.train_file or args.validation_file):  # which of the two was meant?
         fail("data given twice: use either --dataset_name or --train_file/--validation_file")  # never a silent choice
     if not args.evaluate_only and not (args.dataset_name or args.train_file):  # nothing to train on
-        fail(f"no training data: give --dataset_name NAME or --train_file FILE ({' '.join(FORMATS)})")  # two ways
+        fail(f"no training data: give --dataset_name NAME or --train_file FILE ({' '.join(FORMATS)})")  # one suffices
     if args.evaluate_only and not (args.dataset_name or args.validation_file):  # nothing to evaluate on
-        fail("--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")  # two ways
+        fail("--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")  # one suffices
     args.train_file = find_files("--train_file", args.train_file)  # a list of existing, readable files
-    args.validation_file = find_files("--validation_file", args.validation_file)  # likewise
+    args.validation_file = find_files("--validation_file", args.validation_file)  # an empty one where none was given
 
     if args.model_name_or_path in MODEL_ALIASES:  # the short name is not a repository on the hub
         published = MODEL_ALIASES[args.model_name_or_path]  # google/gemma-3-270m
@@ -220,13 +220,13 @@ def check_args(args):  # what argparse cannot say
     model, data = args.model_name_or_path, args.dataset_name or ""  # each a directory or a name on the hub
     for flag, name in (("--model_name_or_path", model), ("--dataset_name", data)):  # the hub is tried for half a minute
         local = name.startswith((".", os.sep)) or name.count("/") > 1 or os.path.isfile(name)  # no name on the hub
-        if local and not os.path.isdir(name):  # a slip, or a file
-            fail(f"{flag} {name}: no such directory; give one, or a hub name (text files go to --train_file)")  # either
+        if local and not os.path.isdir(name):  # nothing there, or a file
+            fail(f"{flag} {name}: no such directory; give one, or a hub name (text goes to --train_file)")  # a slip?
     if os.path.isdir(model):  # look at once whether it can be a model
         if not os.path.isfile(os.path.join(model, "config.json")):  # what kind of model is it?
             fail(f"--model_name_or_path {model}: the directory has no config.json; name a saved model")  # a wrong path
-        weights = [*glob.glob("*.safetensors", root_dir=model), *glob.glob("pytorch_model*.bin", root_dir=model)]  # any
-        if not weights:  # a half copy
+        both = ("*.safetensors", "pytorch_model*.bin")  # what weights are called now, and were called once
+        if not any(glob.glob(pattern, root_dir=model) for pattern in both):  # a half copy
             fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # the usual name
 
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
@@ -243,7 +243,7 @@ def check_args(args):  # what argparse cannot say
         except OSError as error:  # FileExistsError, NotADirectoryError, PermissionError, read-only file system, …
             fault = error.strerror  # in the system's words
         if fault:  # names what to change
-            fail(f"{flag} {folder}: no files can be written there ({fault}); choose another directory")  # at once
+            fail(f"{flag} {folder}: no files can be written there ({fault}); choose another directory")  # a way on
 
 
 def find_files(flag, patterns):  # --train_file and --validation_file
@@ -475,14 +475,14 @@ def make_training_arguments(args):  # the first use of torch
     )
     plan, rest = parser.parse_known_args(args.trainer_argv)  # plan: the fields of TrainingArguments
     if rest:  # "--bf16 true", "--max_steps 10 20", or a file name without its flag
-        fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # which word
+        fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # the first one
     if plan.max_steps < 1 and plan.max_steps != -1:  # -1 is the Trainer's "not given"
         fail(f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # 0 too
     for name in ("save_only_model", "enable_jit_checkpoint", "save_on_each_node"):  # the Trainer's, none of them whole
         if getattr(plan, name):  # no optimizer; a partial final model; no weights on other nodes
             fail(f"--{name} makes checkpoints that no run can go on from: leave it out")  # ours need none of them
     if plan.ignore_data_skip:  # for data too large to skip over; ours takes seconds
-        say("note     --ignore_data_skip: a stopped run will not go on with the data it had not seen yet")  # inexact
+        say("note     --ignore_data_skip: a stopped run will not go on with the data it had not seen yet")  # allowed
 
     if RANKS.size > 1:  # TrainingArguments look for a process group, and touch the device
         RANKS.connect(args, plan)  # compares what the machines are about to do
@@ -502,7 +502,7 @@ def run_settings(args, training_args):  # what has to stay the same when a run g
     """Return {name: value}, as JSON values, of everything that decides the weights a run ends with."""
     flags = vars(args) | training_args.to_dict()  # ours and the Trainer's, defaults included
     settings = {name: value for name, value in flags.items() if not name.startswith(HARMLESS)}  # about 70
-    settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # as launched
+    settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # of the launcher
     settings["train_file"] = [f"{os.path.basename(path)} ({os.path.getsize(path):,} bytes)"  # its folder may change
                               for path in args.train_file]  # a quick look: digests() compares every token
     settings["model_name_or_path"] = os.path.basename(args.model_name_or_path.rstrip(os.sep))  # likewise
@@ -1242,11 +1242,11 @@ def flops_per_token(config, parameters, length):  # for MFU, the share of the de
     Args: config: of the model. parameters (int): all weights, a tied head once. length (int): tokens per chunk.
     """
     config, attention = config.get_text_config(), 0  # as in appendix B of the PaLM paper; attention: of all layers
-    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # an untied table multiplies 0
-    heads = config.num_attention_heads  # 4
+    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # weights that only look up
+    heads = config.num_attention_heads  # 4 for Gemma 3 270M
     width = heads * getattr(config, "head_dim", config.hidden_size // heads)  # 4 × 256: all heads' queries side by side
     for kind in getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers:  # 15 and 3
-        seen = min(length, config.sliding_window or length) if kind == "sliding_attention" else length  # keys
+        seen = min(length, config.sliding_window or length) if kind == "sliding_attention" else length  # tokens back
         attention += 12 * width * (seen - seen * (seen - 1) / 2 / length)  # causal: the mean of min(position, seen)
     return 6 * (parameters - lookup) + attention  # 1.73e9 for Gemma 3 270M at 2,048
 
@@ -1259,7 +1259,7 @@ def peak_flops(training_args):  # what the processes could do at best
         return None  # rather than a share of a number that does not apply
     name = torch.cuda.get_device_name(training_args.device)  # "NVIDIA A40"
     peaks = [PEAKS[part] for part in PEAKS if part in name]  # TFLOP/s of one device
-    return peaks[0] * 1e12 * training_args.world_size if peaks else None  # of all
+    return peaks[0] * 1e12 * training_args.world_size if peaks else None  # of all together
 
 
 def make_trainer(model, tokenizer, training_args, train, validation, stop, facts):  # the loop, made unkillable
@@ -1483,8 +1483,8 @@ def banner(args, training_args, model, train, validation):  # read it before a n
     peak = peak_flops(training_args)  # of all processes
     assumed = f"; MFU against {peak / 1e12:,.0f} TFLOP/s" if peak else ""  # said once, here
     parameters = sum(weight.numel() for weight in model.parameters())  # the tied head is counted once
-    splits = [(name, len(chunks)) for name, chunks in (("train", train), ("validation", validation)) if chunks]  # used
-    data = [f"{name} {count:,} chunks = {count * args.max_seq_length:,} tokens" for name, count in splits]  # each split
+    data = [f"{name} {len(chunks):,} chunks = {len(chunks) * args.max_seq_length:,} tokens"  # after limits
+            for name, chunks in (("train", train), ("validation", validation)) if chunks is not None]  # one or both
     say(  # the first half: what trains where on what
         f"model    {args.model_name_or_path}, {parameters:,} parameters in float32, "  # the weights
         f"{model.config._attn_implementation} attention",  # sdpa or flash_attention_2
@@ -1502,15 +1502,15 @@ def banner(args, training_args, model, train, validation):  # read it before a n
             steps = training_args.max_steps  # -1 where it was not given
         warmup = training_args.get_warmup_steps(steps)  # a fraction below 1 is one of all steps
         say(  # the second half: the plan
-            f"batch    {args.per_device_train_batch_size} per device × {accumulation} accumulation × {world} = "  # size
-            f"{total:,} chunks = {total * args.max_seq_length:,} tokens a step",  # what a learning rate refers to
-            f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "  # its peak
-            f"warm-up {warmup:,} steps",  # until the peak
+            f"batch    {args.per_device_train_batch_size} per device × {accumulation} accumulation × "  # in turn
+            f"{world} = {total:,} chunks = {total * args.max_seq_length:,} tokens a step",  # for which the rate is made
+            f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "  # at its peak
+            f"warm-up {warmup:,} steps",  # from zero to that peak
         )
 
         if warmup >= steps:  # the default of 500 is made for long runs
-            say(f"note     the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} of the "  # little
-                f"learning rate; lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth is usual
+            say(f"note     the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} "  # learns little
+                f"of the learning rate; lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth is usual
         if chunks < total:  # a handful of texts and the default accumulation
             say(f"note     all {chunks:,} chunks make less than one step of {total:,}: lower "  # more steps learn more
                 f"--gradient_accumulation_steps to {max(1, chunks // batch)} for a full one")  # what the data fills
@@ -1525,7 +1525,7 @@ def banner(args, training_args, model, train, validation):  # read it before a n
             say(f"note     --learning_rate {args.learning_rate:g} is unusual: this model takes 1e-5 to 1e-4")  # about
         there = len(glob.glob("checkpoint-*", root_dir=args.output_dir))  # of an earlier call
         needed = (args.save_total_limit + 1 - there) * 12 * parameters  # bytes; + 1: the old one goes after the new
-        free = shutil.disk_usage(args.output_dir).free  # bytes
+        free = shutil.disk_usage(args.output_dir).free  # bytes that this user may still write
         if free < needed:  # 12 bytes a parameter: the weights and Adam's two moments in float32
             say(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in {args.output_dir}, where "  # at most
                 f"{free / 1e9:.2g} GB are free: make space or lower --save_total_limit")  # two remedies
