@@ -16,7 +16,6 @@ and datasets (six seconds together) are imported by the functions that need them
 """
 
 import argparse  # the command line
-import ast  # reads the Trainer's flag names from its source without importing it
 import contextlib  # to go on after an error that does not matter
 import csv  # rows of .csv files, with the line number of a bad one
 import ctypes  # one call of the operating system that Python has no name for
@@ -33,14 +32,14 @@ import json  # .json and .jsonl files
 import math  # perplexity = exp(loss)
 import os  # paths, environment
 import platform  # Python's version
-import re  # checkpoint-N
+import re  # checkpoint-N, names of flags
 import shutil  # removes directories, measures disks
 import signal  # SIGTERM and Ctrl-C
 import socket  # this machine's name
 import sys  # exit status, standard error
 import threading  # one that listens for the end of other processes
 import time  # how long a run took, over all its calls
-from datetime import timedelta  # torch wants its timeouts so
+from datetime import timedelta  # the type of torch's timeouts
 from importlib.metadata import version  # of a package, without importing it
 
 MODEL_ALIASES = {"google/gemma-270m": "google/gemma-3-270m"}  # the short name people type → the published id
@@ -48,7 +47,6 @@ WIKITEXT = "Salesforce/wikitext"  # the one hub data set for which a configurati
 DATASET_ALIASES = {"wikitext": WIKITEXT}  # as it was called when names had no owner
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words, untouched text: trains in an evening on one GPU
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files; each also with .gz behind it
-WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")  # what a model directory keeps its weights in
 PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by a part of the device's name; MFU is measured against them
     "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A40": 149.7, "L40S": 362, "L4": 121,  # server
     "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "V100": 125,  # desktop; the first name that fits counts
@@ -57,8 +55,7 @@ LOSS_MEMORY = {"cuda": 2.2e9, "cpu": 0.54e9}  # bytes for the logits of a chunk:
 SOFTMAX_ROWS = 128  # tokens of a chunk that go through the softmax at a time, in float32: 0.13 GB
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
-    "(1) add --bf16; "  # halves the activations, costs nothing on a GPU since Ampere
-    "(2) halve --per_device_train_batch_size (4, 2, 1) and double "  # fewer activations at a time …
+    "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double "  # fewer activations at a time …
     "--gradient_accumulation_steps: the same training; "  # … and the same effective batch
     "(3) add --gradient_checkpointing: about 20 % slower; "  # keeps one activation per layer
     "(4) shorten --max_seq_length (2048, 1024, 512)"  # the one remedy that changes what is learnt
@@ -71,12 +68,8 @@ def say(*lines):  # progress and results, on standard output
         print(*lines, sep="\n", flush=True)  # flushed, so that a log file shows it before the run ends
 
 
-def fail(message, status=2):  # every sentence of promise 3 goes through here
-    """End the run with one sentence instead of a traceback.
-
-    Args: message (str): what is wrong, where, and what to do. status (int): 2 for a wrong call or wrong data, 1 else.
-    Raises: SystemExit, always.
-    """
+def fail(message, status=2):  # every error that the user can mend ends the run here
+    """End the run with one sentence and no traceback. Args: status (int): 2 for a wrong call or wrong data, else 1."""
     start = "\n" if "datasets" in sys.modules else ""  # a progress bar may stand on the last line
     print(f"{start}main.py: error: {message}", file=sys.stderr, flush=True)  # every rank: it may not be 0 that fails
     end = SystemExit(status)  # no Exception, so no library on the way wraps it
@@ -85,7 +78,7 @@ def fail(message, status=2):  # every sentence of promise 3 goes through here
 
 
 def nearest(name, names):  # the help that a misspelt name gets
-    """Return a hint such as ' (did you mean "text"?)' for the closest of names, or an empty string."""
+    """Return a hint such as ' (did you mean text?)' for the closest of names, or an empty string."""
     close = difflib.get_close_matches(name, names, n=1)  # similarity of at least 0.6, else nothing
     return f" (did you mean {close[0]}?)" if close else ""  # stands right behind the wrong name in a sentence
 
@@ -93,88 +86,78 @@ def nearest(name, names):  # the help that a misspelt name gets
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class Parser(argparse.ArgumentParser):  # its own error message, nothing else
-    """argparse whose errors are one sentence, without the usage of sixty flags before it."""
+def number(kind, low, above=False):  # the type of a flag: a wrong value is found before anything heavy is loaded
+    """Return a function for argparse that reads a finite int or float (the kind), at least low, or above low."""
 
-    def error(self, message):  # argparse calls it for a wrong value
-        """Fail with message and exit status 2, as argparse does."""
-        fail(f"{message}; see python main.py --help")  # the list of flags is one command away
-
-
-def number(kind, low, strict=False):  # for the type= of a flag
-    """Return an argparse type: kind (int or float), at least low, or above low when strict. Raises: a clear error."""
-
-    def parse(text):  # kind, low and strict are remembered
-        try:  # "abc", "1e-3" for an int
+    def read(text):  # kind, low and above are remembered
+        try:  # "abc", or "1e-3" for an int
             value = kind(text)  # what the flag will hold
         except ValueError:  # not a number of this kind
             wanted = "a whole number" if kind is int else "a number"  # the user's words, not Python's
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None  # argparse adds the flag's name
-        if not math.isfinite(value) or value < low or (strict and value == low):  # nan fails every comparison
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if strict else 'at least'} {low}")  # with bound
-        return value  # checked before anything heavy is loaded
+        if not low <= value < math.inf or (above and value == low):  # also finds nan, which fails every comparison
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # says how
+        return value  # of the right type and size
 
-    return parse  # argparse calls it with the flag's text
+    return read  # called with the text behind the flag
 
 
-def trainer_flags():  # for the names that are not ours
+def trainer_flags():  # as the Trainer's documentation lists them
     """Return the names of all fields of transformers.TrainingArguments, read from its source in a few milliseconds."""
     package = importlib.util.find_spec("transformers")  # finds the package, imports nothing
     if package is None:  # a fresh machine before the set-up
         fail("transformers is not installed: pip install -r requirements.txt", status=1)  # names the one command
     path = os.path.join(os.path.dirname(package.origin), "training_args.py")  # where the class is written down
-    with open(path, encoding="utf-8") as source:  # 2,500 lines
-        tree = ast.parse(source.read())  # syntax only: nothing of it runs
-    classes = [node for node in tree.body if getattr(node, "name", "") == "TrainingArguments"]  # exactly one
-    return [node.target.id for node in classes[0].body if isinstance(node, ast.AnnAssign)]  # "name: type = field(…)"
+    with open(path, encoding="utf-8") as source:  # 3,000 lines, of which nothing runs
+        return re.findall(r"^    (\w+): .*= field\(", source.read(), re.MULTILINE)  # "    max_steps: int = field("
 
 
-def parse_args(argv=None):  # the whole command line
-    """Read the command line.
+def parse_args(argv=None):  # all that the user decides
+    """Read argv (list[str], or None for the process's own arguments) and check whatever can be checked without torch.
 
-    Args: argv (list[str] or None): the arguments; None takes the process's own.
     Returns: argparse.Namespace with our flags and `trainer_argv`, the flags left for transformers.TrainingArguments.
     Raises: SystemExit(2) after one sentence when a flag, a value or a path is wrong.
     """
-    parser = Parser(  # ours first: the flags of this script with its defaults
+    parser = argparse.ArgumentParser(  # ours first: the flags of this script with its defaults
         usage="python main.py (--dataset_name NAME | --train_file FILE ...) [flags]",  # instead of twenty lines of it
         description="Fine-tune Google's Gemma 3 270M on text.",  # the next line of --help
         epilog="Every other flag of transformers.TrainingArguments works too, "  # the last lines of --help
-        "for example --max_steps, --lr_scheduler_type cosine, --dataloader_num_workers.",  # 120 of them
+        "for example --max_steps, --lr_scheduler_type cosine, --dataloader_num_workers.",  # some 90 of them
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,  # every flag's help ends with its default
         allow_abbrev=False,  # a shortened flag is a misspelt flag: it must not pick another one silently
     )
+    parser.error = lambda message: fail(f"{message}; see python main.py --help")  # one sentence, without the usage
     switch = {"action": "store_true"}  # off unless given
-    count, positive = number(int, 1), number(float, 0, strict=True)  # sizes; rates and epochs
-    steps = number(float, 0, strict=True)  # an interval in steps, or below 1 a fraction of the run, as the Trainer's
+    count, positive = number(int, 1), number(float, 0, above=True)  # sizes; rates, and steps (below 1: of the run)
+    path = {"type": os.path.expanduser}  # "~/data" also where the shell does not expand it, as in --output_dir=~/data
 
     add = parser.add_argument_group("model").add_argument  # which weights, which attention
-    add("--model_name_or_path", default="google/gemma-270m", help="hub name or local directory")  # an alias, see above
-    add("--use_flash_attention", **switch, help="Flash Attention 2; needs a GPU and flash-attn")  # skips masked blocks
+    add("--model_name_or_path", **path, default="google/gemma-270m", help="hub name or directory")  # an alias, above
+    add("--use_flash_attention", **switch, help="version 2; needs a GPU and flash-attn; sets --bf16")  # see README
 
     add = parser.add_argument_group("data").add_argument  # either files or a data set, never both
-    add("--dataset_name", help="hub name, or a local data set directory")  # its train and validation splits
+    add("--dataset_name", **path, help="hub name, or a local data set directory")  # its train and validation splits
     add("--dataset_config_name", help="configuration of the hub data set")  # many hold several, such as languages
-    add("--train_file", nargs="+", help=".json .jsonl .csv .txt, also .gz; several, or a glob")  # your own text
-    add("--validation_file", nargs="+", help="the same, for evaluation")  # held out: never trained on
+    add("--train_file", **path, nargs="+", help=".json .jsonl .csv .txt, also .gz; several, or a glob")  # your text
+    add("--validation_file", **path, nargs="+", help="the same, for evaluation")  # held out: never trained on
     add("--text_column", default="text", help="the column that holds the text")  # of .json, .csv and data sets
-    add("--max_seq_length", type=number(int, 2), default=2048, help="tokens per chunk")  # attention reaches no further
+    add("--max_seq_length", type=number(int, 2), default=2048, help="tokens per chunk")  # the context that is learnt
     add("--no_truncation", **switch, help="keep texts longer than a chunk whole")  # for books; the default cuts them
     add("--add_eos", **switch, help="end each text with the end-of-sequence token")  # so that the model learns to stop
     add("--max_train_samples", type=count, help="train on the first N chunks only")  # for a quick try
     add("--max_eval_samples", type=count, help="evaluate on the first N chunks only")  # for quick evaluations
     add("--preprocessing_num_workers", type=count, help="processes that tokenize")  # unset: one, on all cores
-    add("--cache_dir", help="where prepared data is kept for the next run")  # unset: the cache of datasets
-    add("--overwrite_cache", **switch, help="prepare the data anew")  # normally found out by itself
+    add("--cache_dir", **path, help="where prepared data is kept for the next run")  # unset: the cache of datasets
+    add("--overwrite_cache", **switch, help="prepare the data anew")  # changed files and flags do that by themselves
 
     add = parser.add_argument_group("training").add_argument  # the schedule and the optimizer
     add("--num_train_epochs", type=positive, default=3, help="passes over the data")  # each in a new order
     add("--per_device_train_batch_size", type=count, default=4, help="chunks per device at a time")  # fills the GPU
     add("--per_device_eval_batch_size", type=count, default=4, help="the same, in evaluation")  # changes no result
     add("--gradient_accumulation_steps", type=count, default=8, help="batches per optimizer step")  # costs no memory
-    add("--learning_rate", type=positive, default=2e-5, help="its peak, after the warm-up")  # then falls to zero
+    add("--learning_rate", type=positive, default=2e-5, help="the peak, after the warm-up")  # then falls to zero
     add("--weight_decay", type=number(float, 0), default=0.01, help="of AdamW")  # not on norms and biases
-    add("--warmup_steps", type=number(float, 0), default=500, help="steps of rising learning rate")  # below 1: a part
+    add("--warmup_steps", type=number(float, 0), default=500, help="steps up to the peak; below 1 a fraction")  # of all
 
     add = parser.add_argument_group("memory").add_argument  # what to reach for when a GPU is full
     add("--bf16", **switch, help="bfloat16 autocast over float32 weights")  # the right choice on an A40 or H100
@@ -182,102 +165,92 @@ def parse_args(argv=None):  # the whole command line
     add("--gradient_checkpointing", **switch, help="recompute activations: 20 %% slower")  # keeps one per layer
 
     add = parser.add_argument_group("logging and checkpoints").add_argument  # what is written, and when
-    add("--output_dir", default="./outputs", help="checkpoints, logs and the finished model")  # one run each
-    add("--logging_steps", type=steps, default=10, help="steps between log lines")  # loss, rate, gradient norm
-    add("--save_steps", type=steps, default=500, help="steps between checkpoints")  # 3.2 GB each
-    add("--eval_steps", type=steps, default=500, help="steps between evaluations")  # only with validation data
+    add("--output_dir", **path, default="./outputs", help="checkpoints, logs and the finished model")  # one run each
+    add("--logging_steps", type=positive, default=10, help="steps between log lines")  # loss, rate, gradient norm
+    add("--save_steps", type=positive, default=500, help="steps between checkpoints")  # 3.2 GB each
+    add("--eval_steps", type=positive, default=500, help="steps between evaluations")  # only with validation data
     add("--overwrite_output_dir", **switch, help="move another run's files aside")  # into previous-1, never deleted
     add("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")  # older ones go
     add("--report_to", nargs="+", default=["tensorboard"], help="tensorboard, wandb or none")  # where curves go
-    add("--resume_from_checkpoint", help="go on from this one")  # unset: from the newest in output_dir
+    add("--resume_from_checkpoint", **path, help="go on from this one, not the newest")  # in output_dir
 
-    add = parser.add_argument_group("misc").add_argument  # the rest
+    add = parser.add_argument_group("misc").add_argument  # several processes, repeatability, what to do
     add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # then all end
     add("--seed", type=number(int, 0), default=42, help="of the order of chunks and of new weights")  # repeatable
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # accepted as other scripts do
     add("--do_eval", **switch, help="given alone: only evaluate the model on the validation data")  # before and after
 
     argv = sys.argv[1:] if argv is None else argv  # the tests pass their own
-    split = [text.partition("=") for text in argv]  # "--learning-rate=1" → flag, "=", value
-    argv = [("--" + a[2:].replace("-", "_") if a[:2] == "--" else a) + b + c for a, b, c in split]  # either spelling
-    args, extra = parser.parse_known_args(argv)  # extra: the Trainer's flags and whatever is misspelt
-    theirs = trainer_flags() if extra else []  # only looked up when there is something to look up
-    known = [f"--{name}" for name in [*vars(args), *theirs]]  # every destination of ours is a flag's name
-    for text in extra:  # flags and their values, in the order given
-        name = text[2:].partition("=")[0]  # "--max_steps=10" → "max_steps"
-        if text.startswith("--") and name not in theirs and name.removeprefix("no_") not in theirs:  # nobody's flag
-            fail(f"unknown flag --{name}{nearest('--' + name, known)}; see python main.py --help")  # a slip of a letter
-    if extra and not extra[0].startswith("--"):  # a word on its own, such as a file name or "--bf16 true"
-        fail(f"{extra[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # both slips
-    args.given = {text[2:].partition("=")[0] for text in argv if text.startswith("--")}  # flags that were typed
-    args.trainer_argv = extra  # HfArgumentParser checks their values once it is imported
+    argv = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), text) for text in argv]  # a-b → a_b
+    args, left = parser.parse_known_args(argv)  # left: flags of the Trainer, their values, and whatever is misspelt
+    known = [f"--{name}" for name in [*vars(args), *trainer_flags()]]  # every field of args is the name of a flag
+    args.given = [text.partition("=")[0] for text in argv if text.startswith("--")]  # "--max_steps=10" → "--max_steps"
+    for flag in args.given:  # the Trainer also has a --no_NAME for each switch that is on by default
+        if flag not in known and flag.replace("--no_", "--") not in known:  # a slip of a letter, or a shortened flag
+            fail(f"unknown flag {flag}{nearest(flag, known)}; see python main.py --help")  # before anything is imported
+    args.trainer_argv = left  # HfArgumentParser checks the values, and finds stray words, once it is imported
     check_args(args)  # paths and combinations: everything that can be found wrong without torch
     return args  # from here on the call is known to be sensible
 
 
-def check_args(args):  # the part that argparse cannot say
+def check_args(args):  # what argparse cannot say
     """Check combinations and paths, expand globs and aliases in place. Raises: SystemExit(2) after one sentence."""
+    args.evaluate_only = args.do_eval and not args.do_train  # as in transformers' own scripts
     if args.bf16 and args.fp16:  # two autocast types at once
-        fail("--bf16 and --fp16 exclude each other: keep --bf16 (A40 and newer GPUs), or --fp16")  # one of them
+        fail("--bf16 and --fp16 exclude each other: keep --bf16 (A40 and newer GPUs), or --fp16")  # which for what
+    if args.seed >= 2**32:  # numpy takes 32 bits
+        fail(f"--seed {args.seed} is too large: choose one below {2**32:,}")  # four billion are left
     if args.use_flash_attention and importlib.util.find_spec("flash_attn") is None:  # the optional package
         fail("--use_flash_attention needs a package: pip install flash-attn --no-build-isolation")  # built from source
     if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:  # the other optional package
-        fail("--report_to wandb needs the wandb package: pip install wandb")  # else found after the data is prepared
+        fail("--report_to wandb needs a package: pip install wandb")  # else found after the data is prepared
 
-    args.evaluate_only = args.do_eval and not args.do_train  # as in transformers' own scripts
     if args.dataset_name and (args.train_file or args.validation_file):  # which of the two was meant?
         fail("data given twice: use either --dataset_name or --train_file/--validation_file")  # never a silent choice
-    if not args.dataset_name and not args.train_file and not args.evaluate_only:  # nothing to train on
-        fail("no training data: give --dataset_name NAME or --train_file FILE (.jsonl .json .csv .txt)")  # two ways
-    if not args.dataset_name and not args.validation_file and args.evaluate_only:  # nothing to evaluate on
-        fail("--do_eval needs validation data: give --validation_file FILE or --dataset_name NAME")  # two ways
-    folder = os.path.expanduser(args.dataset_name or "")  # "~/data" works also where the shell did not expand it
-    if os.path.isfile(folder):  # the other flag was meant
-        fail(f"--dataset_name {folder} is a file: give it to --train_file")  # which names files
-    if folder.startswith((".", os.sep)) and not os.path.isdir(folder):  # no hub name looks like that
-        fail(f"--dataset_name {folder}: no such directory; give one, or a hub name")  # without half a minute of tries
-    args.dataset_name = folder if os.path.isdir(folder) else args.dataset_name  # a directory wins over the hub
-    args.train_file = find_files("--train_file", args.train_file or [])  # a sorted list of existing, readable files
-    args.validation_file = find_files("--validation_file", args.validation_file or [])  # likewise
+    if not args.evaluate_only and not (args.dataset_name or args.train_file):  # nothing to train on
+        fail(f"no training data: give --dataset_name NAME or --train_file FILE ({' '.join(FORMATS)})")  # one suffices
+    if args.evaluate_only and not (args.dataset_name or args.validation_file):  # nothing to evaluate on
+        fail("--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")  # one suffices
+    args.train_file = find_files("--train_file", args.train_file)  # a list of existing, readable files
+    args.validation_file = find_files("--validation_file", args.validation_file)  # an empty one where none was given
 
     if args.model_name_or_path in MODEL_ALIASES:  # the short name is not a repository on the hub
         published = MODEL_ALIASES[args.model_name_or_path]  # google/gemma-3-270m
         say(f"{args.model_name_or_path} is published as {published}: using that.")  # the one notice line
         args.model_name_or_path = published  # also what the banner and the errors will name
-    folder = os.path.expanduser(args.model_name_or_path)  # "~/models/x" works also where the shell did not expand it
-    if os.path.isdir(folder):  # a local model: look at once whether it can be one
-        args.model_name_or_path = folder  # the expanded path
-        if not os.path.isfile(os.path.join(folder, "config.json")):  # what kind of model is it?
-            fail(f"--model_name_or_path {folder}: the directory has no config.json; name a saved model")  # a wrong path
-        if not any(glob.glob(os.path.join(glob.escape(folder), pattern)) for pattern in WEIGHT_FILES):  # no weights
-            fail(f"--model_name_or_path {folder}: the directory has no weights (model.safetensors)")  # a half copy
-    elif os.path.exists(folder) or folder.startswith((".", os.sep)) or folder.count("/") > 1:  # no hub name either
-        fail(f"--model_name_or_path {folder}: no such directory; give one, or a hub name")  # google/gemma-270m, say
+    model, data = args.model_name_or_path, args.dataset_name or ""  # each a directory or a name on the hub
+    for flag, name in (("--model_name_or_path", model), ("--dataset_name", data)):  # the hub is tried for half a minute
+        local = name.startswith((".", os.sep)) or name.count("/") > 1 or os.path.isfile(name)  # no name on the hub
+        if local and not os.path.isdir(name):  # nothing there, or a file
+            fail(f"{flag} {name}: no such directory; give one, or a hub name (text goes to --train_file)")  # a slip?
+    if os.path.isdir(model):  # look at once whether it can be a model
+        if not os.path.isfile(os.path.join(model, "config.json")):  # what kind of model is it?
+            fail(f"--model_name_or_path {model}: the directory has no config.json; name a saved model")  # a wrong path
+        both = ("*.safetensors", "pytorch_model*.bin")  # what weights are called now, and were called once
+        if not any(glob.glob(pattern, root_dir=model) for pattern in both):  # a half copy
+            fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # the usual name
 
-    args.output_dir = os.path.expanduser(args.output_dir)  # the Trainer does the same later
-    args.cache_dir = args.cache_dir and os.path.expanduser(args.cache_dir)  # None: the cache of datasets
-    places = {"--output_dir": args.output_dir, "--cache_dir": args.cache_dir}  # directories that are written to
-    for flag, folder in ((flag, folder) for flag, folder in places.items() if folder):  # the cache may be the default
-        try:  # a bad place is found now, not at the first checkpoint hours later
-            os.makedirs(folder, exist_ok=True)  # raises for a file in the way, and where we may not write
-            if not os.access(folder, os.W_OK | os.X_OK):  # exists, but belongs to somebody else
-                raise PermissionError("no permission to write there")  # joins the other cases below
-        except OSError as error:  # FileExistsError, NotADirectoryError, PermissionError, read-only file system, …
-            reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror or error  # plain words
-            fail(f"{flag} {folder} cannot be used: {reason}; choose one you can write to")  # at once
-    places = {os.path.realpath(path) for path in (args.output_dir, args.model_name_or_path)}  # links resolved
-    if len(places) == 1 and not args.evaluate_only:  # the finished model would be written over its base
-        fail(f"--output_dir {args.output_dir} is the model to start from: choose another directory")  # keeps it
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
     if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
         fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # perhaps one up
+    over = os.path.realpath(args.output_dir) == os.path.realpath(model)  # the finished model would replace its base
+    if over and not args.evaluate_only:  # which writes no model
+        fail(f"--output_dir {args.output_dir} is the model to start from: choose another directory")  # keeps the base
+    places = {"--output_dir": args.output_dir, "--cache_dir": args.cache_dir or args.output_dir}  # it may be unset
+    for flag, folder in places.items():  # a bad one is found now, not at the first checkpoint hours later
+        try:  # to have it, and to be let in
+            os.makedirs(folder, exist_ok=True)  # raises for a file in the way, and where we may not write
+            fault = "" if os.access(folder, os.W_OK | os.X_OK) else "no permission"  # it may be somebody else's
+        except OSError as error:  # FileExistsError, NotADirectoryError, PermissionError, read-only file system, …
+            fault = error.strerror  # in the system's words
+        if fault:  # names what to change
+            fail(f"{flag} {folder}: no files can be written there ({fault}); choose another directory")  # a way on
 
 
 def find_files(flag, patterns):  # --train_file and --validation_file
     """Expand globs and check each file. Returns: list[str] of absolute paths. Raises: SystemExit(2)."""
     files = []  # in the order given: it is the order of training text before shuffling
-    for pattern in patterns:  # the shell has expanded unquoted globs already
-        pattern = os.path.expanduser(pattern)  # "~" in quotes
+    for pattern in patterns or []:  # the shell has expanded unquoted globs already
         found = [pattern] if os.path.exists(pattern) else sorted(glob.glob(pattern, recursive=True))  # a stable order
         if not found:  # neither a file nor a glob that matches one
             near = glob.glob(os.path.join(glob.escape(os.path.dirname(pattern)), "*"))  # what lies beside it
@@ -285,9 +258,8 @@ def find_files(flag, patterns):  # --train_file and --validation_file
         for path in found:  # each must be a file of a known kind with something in it
             if os.path.isdir(path):  # a data set directory goes to the other flag
                 fail(f"{flag} {path} is a directory: name files in it, or use --dataset_name")  # a data set on disk
-            if os.path.splitext(path.removesuffix(".gz"))[1].lower() not in FORMATS:  # the extension is the format
-                known = " ".join(FORMATS)  # .parquet and others come in through --dataset_name
-                fail(f"{flag} {path}: unknown extension; known are {known}, each also with .gz")  # no guessing
+            if os.path.splitext(path.removesuffix(".gz"))[1].lower() not in FORMATS:  # others through --dataset_name
+                fail(f"{flag} {path}: unknown extension; known are {' '.join(FORMATS)}, each also with .gz")  # no guess
             if not os.access(path, os.R_OK):  # somebody else's file
                 fail(f"{flag} {path} cannot be read: no permission (try chmod +r)")  # before six seconds of imports
             if os.path.getsize(path) == 0:  # a failed export
@@ -464,68 +436,63 @@ RANKS = Ranks()  # of this run
 
 # ── Trainer's arguments ──────────────────────────────────────────────────────────────────────────────────────────────
 
-TRAINER_FLAGS = (  # flags above that are TrainingArguments fields of the same name: handed over as they are
-    "output_dir num_train_epochs per_device_train_batch_size per_device_eval_batch_size "  # how much at a time
-    "gradient_accumulation_steps learning_rate weight_decay warmup_steps bf16 fp16 "  # how each step is made
-    "logging_steps save_steps eval_steps save_total_limit seed ddp_timeout"  # what is kept of it
-).split()  # a list of names
-
-HARMLESS = (  # beginnings of TrainingArguments fields that cannot change weights: they may differ when a run goes on
+HARMLESS = (  # beginnings of the names of flags that cannot change weights: they may differ when a run goes on
     "output_dir", "logging_", "log_", "save_", "eval_", "do_", "hub_", "push_to_hub", "report_to", "run_name",  # output
     "project", "trackio_", "disable_tqdm", "debug", "include_", "skip_memory_metrics", "batch_eval_metrics",  # reports
     "per_device_eval_batch_size", "prediction_loss_only", "label_names", "length_column_name",  # evaluation
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent",  # speed
     "ddp_timeout", "ddp_backend", "ddp_bucket", "local_rank", "use_cpu", "torch_empty", "resume_",  # where it runs
+    "validation_file", "max_eval_samples", "preprocessing_", "cache_dir", "overwrite_", "evaluate_only",  # ours
+    "given", "trainer_argv",  # the command line as typed: the values of all its flags are compared instead
 )
 
 
 def make_training_arguments(args):  # the first use of torch
-    """Turn the command line into transformers.TrainingArguments.
+    """Turn the command line into transformers.TrainingArguments; of several processes also make a process group.
 
-    On several processes this also creates the process group; on a machine without a GPU it chooses the CPU.
-    Returns: TrainingArguments. Raises: SystemExit(2) after one sentence for a value it does not take.
+    Raises: SystemExit(2) after one sentence for a value that the Trainer does not take.
     """
     import torch  # two seconds
     from transformers import HfArgumentParser, TrainingArguments  # four more
 
-    if not torch.cuda.is_available():  # the same commands run on the CPU, with one notice
-        if args.fp16:  # float16 autocast has no CPU kernels worth the name
-            fail("--fp16 needs a GPU; on the CPU use --bf16 or neither")  # bfloat16 is fine there
-        if args.use_flash_attention:  # its kernels are CUDA kernels
-            fail("--use_flash_attention needs a GPU; leave it out to use PyTorch's own attention")  # Ampere or newer
+    cpu = not torch.cuda.is_available()  # then the same commands run on the CPU, with one notice
+    if cpu and (args.fp16 or args.use_flash_attention):  # whose kernels are made for GPUs only
+        fail("--fp16 and --use_flash_attention need a GPU; on the CPU use --bf16, or leave them out")  # bf16 is fine
+    if cpu:  # slow, but the same training
         say("No GPU found: training on the CPU.")  # the one notice line
-        args.trainer_argv += ["--use_cpu"]  # also makes several processes talk over gloo instead of NCCL
     if args.use_flash_attention and not args.fp16:  # its kernels take 16-bit inputs only
         args.bf16 = True  # autocast makes them from the float32 weights
 
-    argv = [text for name in TRAINER_FLAGS for text in (f"--{name}", str(getattr(args, name)))]  # values and defaults
-    argv += ["--activation_checkpointing", str(args.gradient_checkpointing)]  # the flag's new name in transformers
-    argv += ["--logging_nan_inf_filter", "False"]  # the Trainer's default shows a mean instead of a NaN
-    argv += ["--ddp_find_unused_parameters", "False"]  # every weight is used in every step: no search for others
-    argv += ["--report_to", *args.report_to, "--eval_strategy", "steps"]  # main() sets "no" without validation data
-    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)  # one flag for each of its 120 fields
+    ours = {name: getattr(args, name) for name in trainer_flags() if hasattr(args, name)}  # the Trainer has them, too
+    parser = HfArgumentParser(TrainingArguments, allow_abbrev=False)  # one flag for each of its 114 fields
     parser.error = fail  # one sentence instead of 600 lines of usage
-    if RANKS.size > 1:  # before a device is touched
-        RANKS.connect(args, parser.parse_known_args(argv + args.trainer_argv)[0])  # what the Trainer is about to get
-    try:  # TrainingArguments checks combinations of its own
-        made, rest = parser.parse_args_into_dataclasses(  # rest: words that stand behind no flag
-            argv + args.trainer_argv,  # ours first: of two equal flags the last one counts
-            look_for_args_file=False,  # a file main.args would be read silently
-            return_remaining_strings=True,  # else a traceback
-        )
+    parser.set_defaults(  # what a flag of the Trainer may still change
+        **ours,  # our values and defaults
+        activation_checkpointing=args.gradient_checkpointing,  # the flag's new name in transformers
+        use_cpu=cpu,  # also makes several processes talk over gloo instead of NCCL
+        logging_nan_inf_filter=False,  # the Trainer's default shows a mean instead of a NaN
+        ddp_find_unused_parameters=False,  # every weight is used in every step: no search for others
+        eval_strategy="steps",  # main() sets "no" without validation data
+    )
+    plan, rest = parser.parse_known_args(args.trainer_argv)  # plan: the fields of TrainingArguments
+    if rest:  # "--bf16 true", "--max_steps 10 20", or a file name without its flag
+        fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # the first one
+    if plan.max_steps < 1 and plan.max_steps != -1:  # -1 is the Trainer's "not given"
+        fail(f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # 0 too
+    for name in ("save_only_model", "enable_jit_checkpoint", "save_on_each_node"):  # the Trainer's, none of them whole
+        if getattr(plan, name):  # no optimizer; a partial final model; no weights on other nodes
+            fail(f"--{name} makes checkpoints that no run can go on from: leave it out")  # ours need none of them
+    if plan.ignore_data_skip:  # for data too large to skip over; ours takes seconds
+        say("note     --ignore_data_skip: a stopped run will not go on with the data it had not seen yet")  # allowed
+
+    if RANKS.size > 1:  # TrainingArguments look for a process group, and touch the device
+        RANKS.connect(args, plan)  # compares what the machines are about to do
+    try:  # TrainingArguments check combinations of their own
+        made = TrainingArguments(**vars(plan))  # from here on the device is known
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # each raised for some flag
         fail(f"the Trainer does not accept these flags: {' '.join(str(error).split())}")  # its own words, on one line
-    if rest:  # "--max_steps 10 20", or a file name without its flag
-        fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # which word
-    if made.max_steps < 1 and made.max_steps != -1:  # -1 is the Trainer's "not given"
-        fail(f"--max_steps: {made.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # 0 too
     if made.world_size != RANKS.size:  # each process would train on its own, all of them into one output_dir
         fail(f"WORLD_SIZE is {RANKS.size}, but the Trainer sees {made.world_size}: use accelerate launch")  # odd
-    for name in ("save_only_model", "enable_jit_checkpoint", "save_on_each_node"):  # the Trainer's, none of them whole
-        if getattr(made, name):  # no optimizer; a partial final model; no weights on other nodes
-            fail(f"--{name} makes checkpoints that no run can go on from: leave it out")  # ours need none of them
-    if made.ignore_data_skip:  # for data too large to skip over; ours takes seconds
-        say("note     --ignore_data_skip: a stopped run will not go on with the data it had not seen yet")  # inexact
     if made.use_liger_kernel:  # its kernels for the layers are welcome
         ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss would take the place of ours
         made.liger_kernel_config = (made.liger_kernel_config or {}) | ours  # what to replace in the model
@@ -533,15 +500,13 @@ def make_training_arguments(args):  # the first use of torch
 
 
 def run_settings(args, training_args):  # what has to stay the same when a run goes on
-    """Return {name: value}, as JSON values, of every flag that decides the weights a run ends with."""
-    ours = ("dataset_name dataset_config_name text_column max_seq_length no_truncation add_eos "  # which tokens, in …
-            "max_train_samples use_flash_attention").split()  # … which chunks; and what rounds differently from sdpa
-    flags = training_args.to_dict().items()  # the Trainer's, defaults included
-    settings = {name: value for name, value in flags if not name.startswith(HARMLESS)}  # about 60
-    settings |= {name: getattr(args, name) for name in ours} | {"processes": training_args.world_size}  # all machines
-    sizes = [f"{os.path.basename(path)} ({os.path.getsize(path):,} bytes)" for path in args.train_file]  # no folder
-    settings["train_file"] = sizes  # a quick look; digests() compares every token
-    settings["model_name"] = os.path.basename(args.model_name_or_path.rstrip(os.sep))  # places may change, names not
+    """Return {name: value}, as JSON values, of everything that decides the weights a run ends with."""
+    flags = vars(args) | training_args.to_dict()  # ours and the Trainer's, defaults included
+    settings = {name: value for name, value in flags.items() if not name.startswith(HARMLESS)}  # about 70
+    settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # of the launcher
+    settings["train_file"] = [f"{os.path.basename(path)} ({os.path.getsize(path):,} bytes)"  # its folder may change
+                              for path in args.train_file]  # a quick look: digests() compares every token
+    settings["model_name_or_path"] = os.path.basename(args.model_name_or_path.rstrip(os.sep))  # likewise
     return json.loads(json.dumps(settings, default=str))  # tuples become lists, as they will be in the manifest
 
 
@@ -1278,28 +1243,27 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
 def flops_per_token(config, parameters, length):  # for MFU, the share of the device's peak that is used
     """Return the floating-point operations to train on one token: 6 a matrix weight, and causal attention beside them.
 
-    Args: config: of the model. parameters (int): all weights; a tied head counts once, as it multiplies once. length
-        (int): tokens per chunk. Source: appendix B of the PaLM paper, with the sliding window's shorter rows.
+    Args: config: of the model. parameters (int): all weights, a tied head once. length (int): tokens per chunk.
     """
-    config, attention = config.get_text_config(), 0  # of all layers
-    tied = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # an untied table only looks up
-    heads = config.num_attention_heads  # 4
+    config, attention = config.get_text_config(), 0  # as in appendix B of the PaLM paper; attention: of all layers
+    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size  # weights that only look up
+    heads = config.num_attention_heads  # 4 for Gemma 3 270M
     width = heads * getattr(config, "head_dim", config.hidden_size // heads)  # 4 × 256: all heads' queries side by side
     for kind in getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers:  # 15 and 3
-        seen = min(length, config.sliding_window or length) if kind == "sliding_attention" else length  # keys
+        seen = min(length, config.sliding_window or length) if kind == "sliding_attention" else length  # tokens back
         attention += 12 * width * (seen - seen * (seen - 1) / 2 / length)  # causal: the mean of min(position, seen)
-    return 6 * (parameters - tied) + attention  # 1.73e9 for Gemma 3 270M at 2,048
+    return 6 * (parameters - lookup) + attention  # 1.73e9 for Gemma 3 270M at 2,048
 
 
 def peak_flops(training_args):  # what the processes could do at best
     """Return the dense 16-bit FLOP/s of all devices together, or None: unknown device, CPU, or float32."""
     import torch  # the device's name
 
-    if training_args.device.type != "cuda" or not (training_args.bf16 or training_args.fp16):  # float32
-        return None  # has another peak: no share of a number that does not apply
+    if training_args.device.type != "cuda" or training_args.mixed_precision == "no":  # float32 has another peak
+        return None  # rather than a share of a number that does not apply
     name = torch.cuda.get_device_name(training_args.device)  # "NVIDIA A40"
-    peak = next((PEAKS[part] for part in PEAKS if part in name), None)  # TFLOP/s of one
-    return peak and peak * 1e12 * training_args.world_size  # of all
+    peaks = [PEAKS[part] for part in PEAKS if part in name]  # TFLOP/s of one device
+    return peaks[0] * 1e12 * training_args.world_size if peaks else None  # of all together
 
 
 def make_trainer(model, tokenizer, training_args, train, validation, stop, facts):  # the loop, made unkillable
@@ -1524,77 +1488,59 @@ def use_one_curve(trainer, past):  # the Trainer's own callback opens a folder f
 
 
 def banner(args, training_args, model, train, validation):  # read it before a night of training
-    """Say in six lines what is about to happen."""
-    world = training_args.world_size  # processes on all machines
-    dtype = "bf16 autocast" if training_args.bf16 else "fp16 autocast" if training_args.fp16 else "float32"  # products
-    parameters = sum(weight.numel() for weight in model.parameters())  # the tied head is counted once
-    device, attention = training_args.device.type, model.config._attn_implementation  # cuda or cpu; sdpa or flash
+    """Say in six lines what is about to happen, and in notes what of it is allowed, but seldom meant."""
+    world, autocast = training_args.world_size, training_args.mixed_precision  # processes; "no", "bf16" or "fp16"
+    dtype = "float32" if autocast == "no" else f"{autocast} autocast"  # of matrix products
     peak = peak_flops(training_args)  # of all processes
     assumed = f"; MFU against {peak / 1e12:,.0f} TFLOP/s" if peak else ""  # said once, here
-    splits = {"train": train, "validation": validation}  # either may be None
+    parameters = sum(weight.numel() for weight in model.parameters())  # the tied head is counted once
     data = [f"{name} {len(chunks):,} chunks = {len(chunks) * args.max_seq_length:,} tokens"  # after limits
-            for name, chunks in splits.items() if chunks is not None]  # one for each that there is
+            for name, chunks in (("train", train), ("validation", validation)) if chunks is not None]  # one or both
     say(  # the first half: what trains where on what
-        f"model    {args.model_name_or_path}, {parameters:,} parameters in float32, {attention} attention",  # what
-        f"device   {device}, {world} process{'es' if world > 1 else ''}, {dtype}{assumed}",  # where
+        f"model    {args.model_name_or_path}, {parameters:,} parameters in float32, "  # the weights
+        f"{model.config._attn_implementation} attention",  # sdpa or flash_attention_2
+        f"device   {training_args.device.type}, {world} process{'es' if world > 1 else ''}, {dtype}{assumed}",  # where
         f"data     {', '.join(data)}",  # on which text
     )
     if train is not None:  # --do_eval has no plan of steps
-        batch = training_args.per_device_train_batch_size * world  # chunks in one forward pass of all processes
-        total = batch * training_args.gradient_accumulation_steps  # chunks in one optimizer step
-        steps, epoch = count_steps(len(train), batch, training_args)  # of the optimizer: in all, and in an epoch
+        chunks, accumulation = len(train), args.gradient_accumulation_steps  # in an epoch; batches in a step
+        batch = args.per_device_train_batch_size * world  # chunks in one forward pass of all processes
+        total = batch * accumulation  # chunks in one optimizer step
+        passes = chunks // batch if training_args.dataloader_drop_last else math.ceil(chunks / batch)  # in an epoch
+        epoch = max(1, math.ceil(passes / accumulation))  # optimizer steps; the last one may be short
+        steps = math.ceil(args.num_train_epochs * epoch)  # as the Trainer counts them; half an epoch is possible
+        if training_args.max_steps > 0:  # overrides the epochs
+            steps = training_args.max_steps  # -1 where it was not given
         warmup = training_args.get_warmup_steps(steps)  # a fraction below 1 is one of all steps
         say(  # the second half: the plan
-            f"batch    {training_args.per_device_train_batch_size} per device × "  # the effective batch
-            f"{training_args.gradient_accumulation_steps} accumulation × {world} = {total:,} chunks = "  # sequences
-            f"{total * args.max_seq_length:,} tokens a step",  # what a learning rate refers to
-            f"steps    {steps:,} ({steps / epoch:.3g} epochs), "  # of the optimizer
-            f"learning rate {training_args.learning_rate:g}, warm-up {warmup:,} steps",  # how long
+            f"batch    {args.per_device_train_batch_size} per device × {accumulation} accumulation × "  # in turn
+            f"{world} = {total:,} chunks = {total * args.max_seq_length:,} tokens a step",  # for which the rate is made
+            f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "  # at its peak
+            f"warm-up {warmup:,} steps",  # from zero to that peak
         )
-        for note in odd_plans(args, len(train), batch, total, steps, warmup, validation):  # none for most runs
-            say(f"note     {note}")  # before the night, not after it
-        each = 12 * parameters  # bytes of a checkpoint: float32 weights and Adam's two moments
-        there = len(glob.glob(os.path.join(glob.escape(args.output_dir), "checkpoint-*")))  # of an earlier call
-        free, needed = shutil.disk_usage(args.output_dir).free, (args.save_total_limit + 1 - there) * each  # bytes
-        if free < needed:  # one more than the limit, because the oldest goes only when the newest is safe
-            say(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in {args.output_dir}, where "  # figures
+
+        if warmup >= steps:  # the default of 500 is made for long runs
+            say(f"note     the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} "  # learns little
+                f"of the learning rate; lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth is usual
+        if chunks < total:  # a handful of texts and the default accumulation
+            say(f"note     all {chunks:,} chunks make less than one step of {total:,}: lower "  # more steps learn more
+                f"--gradient_accumulation_steps to {max(1, chunks // batch)} for a full one")  # what the data fills
+        elif chunks % total:  # nearly always; worth knowing when epochs are short
+            say(f"note     the last step of each epoch has {chunks % total:,} of {total:,} chunks")  # a rougher mean
+        if world > 1 and chunks % batch:  # all processes must make the same forward passes
+            again = batch - chunks % batch  # the first ones of the epoch, in its last pass
+            say(f"note     {again:,} chunks are trained on twice an epoch, to give every process as many")  # a few
+        if validation is None and "--eval_steps" in args.given:  # a flag that has no effect
+            say("note     --eval_steps has no effect without validation data: give --validation_file")  # to evaluate
+        if not 1e-6 <= args.learning_rate <= 1e-3:  # full fine-tuning of a model this small
+            say(f"note     --learning_rate {args.learning_rate:g} is unusual: this model takes 1e-5 to 1e-4")  # about
+        there = len(glob.glob("checkpoint-*", root_dir=args.output_dir))  # of an earlier call
+        needed = (args.save_total_limit + 1 - there) * 12 * parameters  # bytes; + 1: the old one goes after the new
+        free = shutil.disk_usage(args.output_dir).free  # bytes that this user may still write
+        if free < needed:  # 12 bytes a parameter: the weights and Adam's two moments in float32
+            say(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in {args.output_dir}, where "  # at most
                 f"{free / 1e9:.2g} GB are free: make space or lower --save_total_limit")  # two remedies
     say(f"output   {args.output_dir} (tensorboard --logdir {os.path.join(args.output_dir, 'runs')})")  # where to look
-
-
-def odd_plans(args, chunks, batch, total, steps, warmup, validation):  # allowed, but seldom meant
-    """Yield a sentence for each oddity of the plan.
-
-    Args: chunks (int): in the training data. batch, total (int): chunks in a forward pass of all processes, and in an
-        optimizer step. steps, warmup (int): of the optimizer.
-    """
-    if warmup >= steps:  # the default of 500 is made for long runs
-        yield (f"the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} of the learning rate; "  # …
-               f"lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth is usual
-    if chunks < total:  # a handful of texts and the default accumulation
-        fewer = max(1, chunks // batch)  # what the data fills
-        yield (f"all {chunks:,} chunks make less than one step of {total:,}: lower "  # more steps learn more
-               f"--gradient_accumulation_steps to {fewer} for a full one")  # or less than that
-    elif chunks % total:  # nearly always; worth knowing when epochs are short
-        yield f"the last step of each epoch has {chunks % total:,} of {total:,} chunks"  # its mean is over fewer
-    if batch > args.per_device_train_batch_size and chunks % batch:  # all processes must make the same forward passes
-        yield f"{batch - chunks % batch:,} chunks are trained on twice an epoch, to give every process as many"  # few
-    if validation is None and "eval_steps" in args.given:  # a flag that has no effect
-        yield "--eval_steps has no effect without validation data: give --validation_file"  # or leave it out
-    if not 1e-6 <= args.learning_rate <= 1e-3:  # full fine-tuning of a model this small
-        yield f"--learning_rate {args.learning_rate:g} is unusual: this model takes about 1e-5 to 1e-4"  # 2e-5
-
-
-def count_steps(chunks, batch, training_args):  # known before the Trainer starts
-    """Return the optimizer steps (of the run, of an epoch), by the arithmetic of Trainer.set_initial_training_values.
-
-    Args: chunks (int): in the training data. batch (int): chunks in one forward pass of all processes.
-    """
-    rounding = math.floor if training_args.dataloader_drop_last else math.ceil  # the last batch may be short
-    batches = rounding(chunks / batch)  # forward passes in an epoch
-    epoch = max(1, math.ceil(batches / training_args.gradient_accumulation_steps))  # the last step may be short, too
-    planned = math.ceil(training_args.num_train_epochs * epoch)  # half an epoch is possible
-    return training_args.max_steps if training_args.max_steps > 0 else planned, epoch  # --max_steps overrides epochs
 
 
 def evaluate_and_save(trainer, known=None):  # --do_eval, and the end of every training with validation data

@@ -111,6 +111,7 @@ CALLS = {
     "logging steps 0": (GOOD + "--logging_steps 0", "--logging_steps", "above 0"),
     "save limit 0": (GOOD + "--save_total_limit 0", "--save_total_limit", "at least 1"),
     "seed negative": (GOOD + "--seed -1", "--seed", "at least 0"),
+    "seed of more than 32 bits": (GOOD + "--seed 4294967296", "--seed", "below 4,294,967,296"),
     "samples 0": (GOOD + "--max_train_samples 0", "--max_train_samples", "at least 1"),
     "bf16 and fp16": (GOOD + "--bf16 --fp16", "--bf16", "--fp16", "exclude each other"),
     "fp16 without GPU": (GOOD + "--fp16", "--fp16", "GPU", "--bf16"),

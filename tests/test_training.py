@@ -275,6 +275,15 @@ def test_bf16_keeps_float32_weights(tiny, tmp_path, texts):
     assert dtypes == {"torch.float32"} and 0 < least <= most < 2e-6  # bfloat16 steps are 4e-3 of a weight
 
 
+def test_the_precision_of_the_launcher_counts_as_one_of_the_run(tiny, tmp_path, texts):
+    """B14, B10: accelerate's --mixed_precision is in force without --bf16; a run goes on only with the same."""
+    argv = command(tiny, texts, tmp_path / "out", "--max_steps", 1)
+    done = run(*argv, env={"ACCELERATE_MIXED_PRECISION": "bf16"})
+    assert done.status == 0 and "1 process, bf16 autocast" in done.out, done.err
+    done = run(*argv)
+    assert done.status == 2 and "autocast was 'bf16', is 'no'" in done.err, done.err
+
+
 def variant(tiny, folder, edit):
     """Copy the tiny model and edit it in a child. Returns: folder."""
     shutil.copytree(tiny, folder)
