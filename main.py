@@ -493,6 +493,10 @@ def make_training_arguments(args):  # the first use of torch
         fail(f"the Trainer does not accept these flags: {' '.join(str(error).split())}")  # its own words, on one line
     if made.world_size != RANKS.size:  # each process would train on its own, all of them into one output_dir
         fail(f"WORLD_SIZE is {RANKS.size}, but the Trainer sees {made.world_size}: use accelerate launch")  # odd
+    if made.n_gpu > 1:  # one process, several GPUs: the Trainer would copy the model to all of them at every step
+        made._n_gpu = 1  # the first one trains; a process for each GPU is the way to use all
+        say(f"note     {torch.cuda.device_count()} GPUs are visible, one is used: CUDA_VISIBLE_DEVICES chooses it, "  # …
+            "accelerate launch --num_processes N uses several")  # … in the README's section on several GPUs
     if made.use_liger_kernel:  # its kernels for the layers are welcome
         ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss would take the place of ours
         made.liger_kernel_config = (made.liger_kernel_config or {}) | ours  # what to replace in the model
@@ -1266,6 +1270,13 @@ def peak_flops(training_args):  # what the processes could do at best
     return peaks[0] * 1e12 * training_args.world_size if peaks else None  # of all together
 
 
+def steps_in_epoch(chunks, training_args):  # known before the Trainer starts
+    """Return the optimizer steps in an epoch over so many chunks, by the arithmetic of the Trainer; at least 1."""
+    batch = training_args.train_batch_size * training_args.world_size  # chunks in one forward pass of all processes
+    passes = chunks // batch if training_args.dataloader_drop_last else math.ceil(chunks / batch)  # forward passes
+    return max(1, math.ceil(passes / training_args.gradient_accumulation_steps))  # the last step may be short
+
+
 def make_trainer(model, tokenizer, training_args, train, validation, stop, facts):  # the loop, made unkillable
     """Put the parts together.
 
@@ -1286,7 +1297,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     chunks = len(train) if train is not None else 0  # of the training data; none for --do_eval
     length = len(train[0]["input_ids"]) if chunks else 1  # tokens per chunk
     batch = training_args.train_batch_size * world  # chunks in one forward pass of all processes
-    total_steps, epoch_steps = count_steps(chunks, batch, training_args)  # of the optimizer
+    epoch_steps = steps_in_epoch(chunks, training_args)  # of the optimizer
     flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length)  # 1.7e9
     peak = peak_flops(training_args)  # of all devices; None on a CPU
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
@@ -1506,8 +1517,7 @@ def banner(args, training_args, model, train, validation):  # read it before a n
         chunks, accumulation = len(train), args.gradient_accumulation_steps  # in an epoch; batches in a step
         batch = args.per_device_train_batch_size * world  # chunks in one forward pass of all processes
         total = batch * accumulation  # chunks in one optimizer step
-        passes = chunks // batch if training_args.dataloader_drop_last else math.ceil(chunks / batch)  # in an epoch
-        epoch = max(1, math.ceil(passes / accumulation))  # optimizer steps; the last one may be short
+        epoch = steps_in_epoch(chunks, training_args)  # of the optimizer
         steps = math.ceil(args.num_train_epochs * epoch)  # as the Trainer counts them; half an epoch is possible
         if training_args.max_steps > 0:  # overrides the epochs
             steps = training_args.max_steps  # -1 where it was not given
