@@ -495,8 +495,8 @@ def make_training_arguments(args):  # the first use of torch
         fail(f"WORLD_SIZE is {RANKS.size}, but the Trainer sees {made.world_size}: use accelerate launch")  # odd
     if made.n_gpu > 1:  # one process, several GPUs: the Trainer would copy the model to all of them at every step
         made._n_gpu = 1  # the first one trains; a process for each GPU is the way to use all
-        say(f"note     {torch.cuda.device_count()} GPUs are visible, one is used: CUDA_VISIBLE_DEVICES chooses it, "  # …
-            "accelerate launch --num_processes N uses several")  # … in the README's section on several GPUs
+        say(f"note     {torch.cuda.device_count()} GPUs are visible, one is used: CUDA_VISIBLE_DEVICES chooses "  # one
+            "it, accelerate launch --num_processes N uses several")  # as the README's section on several GPUs says
     if made.use_liger_kernel:  # its kernels for the layers are welcome
         ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss would take the place of ours
         made.liger_kernel_config = (made.liger_kernel_config or {}) | ours  # what to replace in the model

@@ -71,6 +71,31 @@ def test_the_effective_batch_decides_the_training(name, base, one, tmp_path):
     assert mine["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-4)  # 13 chunks: uneven over two processes
 
 
+def test_a_logged_loss_is_the_mean_over_tokens(base, tmp_path):
+    """F17: an epoch's last step, of two chunks instead of four, counts half; a stop in between changes nothing."""
+    words = [*base, "--max_train_samples", 22, "--eval_strategy", "no"]
+    for name, every in (("each", 1), ("all", 12)):
+        done = run(*words, "--logging_steps", every, "--save_steps", 5, "--output_dir", tmp_path / name)
+        assert done.status == 0, done.err
+    each = losses(tmp_path / "each")
+    assert len(each) == 12
+    mean = sum(loss * (2 if step % 6 == 5 else 4) for step, loss in enumerate(each)) / 44
+    assert losses(tmp_path / "all") == [pytest.approx(mean, rel=1e-4)]
+    assert abs(mean / (sum(each) / 12) - 1) > 1e-4  # the mean over steps is another number
+    again = [*words, "--logging_steps", 12, "--save_steps", 5, "--output_dir", tmp_path / "again"]
+    done = run(*again, "--resume_from_checkpoint", tmp_path / "all" / "checkpoint-5")
+    assert done.status == 0 and losses(tmp_path / "again") == losses(tmp_path / "all"), done.err
+
+
+@pytest.mark.slow
+def test_a_compiled_model_learns_the_same(base, one, tmp_path):
+    """F24: --torch_compile, whose graph ends at the chunked loss."""
+    done = run(*base, "--torch_compile", "True", "--output_dir", tmp_path / "out")
+    assert done.status == 0, done.err
+    assert losses(tmp_path / "out") == pytest.approx(losses(one), rel=1e-3)
+    assert in_child(close_weights, one, tmp_path / "out") < 1e-3
+
+
 def test_looking_does_not_change_the_training(base, one, tmp_path):
     """F17 to F19: bit-equal weights whatever is logged, evaluated and saved."""
     done = run(*base, "--output_dir", tmp_path / "out", "--logging_steps", 5, "--eval_steps", 3, "--save_steps", 2)
