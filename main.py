@@ -564,18 +564,18 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # text in, chunks
     """
     from datasets import Features, Value  # the schema of rows from files
 
-    limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}  # split → at most so many chunks
-    if args.evaluate_only:  # the training text is not needed, and may be large
-        del limits["train"]  # leaves the one split to evaluate on
-    texts = load_named_dataset(args, list(limits)) if args.dataset_name else {}  # split → Dataset of one column
-    for split, files in (("train", args.train_file), ("validation", args.validation_file)):  # files: [] without a flag
-        if files and split in limits:  # both are read before one is tokenized: their faults show early
+    plan = {"validation": (args.validation_file, args.max_eval_samples)}  # split → paths, at most so many chunks
+    if not args.evaluate_only:  # else the training text is not even read: it may be large
+        plan = {"train": (args.train_file, args.max_train_samples), **plan}  # first: its errors matter more
+    texts = load_named_dataset(args, list(plan)) if args.dataset_name else {}  # split → Dataset of one column
+    for split, (files, _) in plan.items():  # both are read before one is tokenized: their faults show early
+        if files:  # an empty list without the flag
             kwargs = {"files": tuple(files), "column": args.text_column}  # a tuple: datasets would split a list
             schema = Features({"text": Value("large_string")})  # large: 64-bit offsets, for texts of gigabytes
             texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # read once
 
     chunks = {}  # split → Dataset of chunks
-    for split, limit in limits.items():  # train first: its errors matter more
+    for split, (_, limit) in plan.items():  # limit: None without the flag
         if split in texts:  # validation is optional
             packed = prepare_split(split, texts.pop(split), tokenizer, args, rebuild)  # pop lets go of the raw text
             if limit and limit < len(packed):  # some chunks that were made will not be used
