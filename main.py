@@ -677,6 +677,7 @@ def read_texts(files, column):  # a generator: one row in memory at a time
     .txt: a line is a text, its line break kept. .csv: the header names the columns. .json: an array of objects, or an
     object a line, as in .jsonl. A null counts as a blank row later.
     """
+    empty = True  # no row in any file so far
     for path in files:  # each on its own: formats may be mixed
         extension = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # ".jsonl"
         if extension == ".txt":  # the one format without columns
@@ -685,7 +686,11 @@ def read_texts(files, column):  # a generator: one row in memory at a time
             texts = read_csv(path, column)  # every value as it stands there
         else:  # .json and .jsonl, read here because the errors of datasets name no line
             texts = read_json(path, column)  # either layout under either name
-        yield from ({"text": text} for text in texts)  # rows of the cache
+        for text in texts:  # maybe blank
+            empty = False  # a blank row is a row
+            yield {"text": text}  # one row of the cache
+    if empty:  # a header alone, "[]", line breaks alone
+        fail(f"{', '.join(files)}: no rows, so nothing to train on; check how the file was written")  # a failed export
 
 
 def read_lines(path):  # a generator, too: a file may be larger than memory
@@ -785,8 +790,8 @@ def prepare_split(split, rows, tokenizer, args, rebuild):  # one line of report 
         new_fingerprint=key,  # hashing the tokenizer object instead would take four seconds
         desc=f"Tokenizing {split}",  # on the progress bar
     )
-    if len(tokenized) == 0:  # a header alone, "[]", a failed export; blank rows make no tokens
-        fail(f"the {split} data holds no text: {len(rows) or 'no'} rows, none with more than blanks")  # no training
+    if len(tokenized) == 0:  # blank rows make no tokens; a saved data set may even have no rows
+        fail(f"the {split} data holds no text: all {len(rows):,} rows are blank or null")  # surely not meant
 
     length = args.max_seq_length  # tokens per chunk
     sizes = pyarrow.compute.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each text …
