@@ -733,8 +733,7 @@ def read_csv(path, column):  # a row at a time
 
 def read_json(path, column):  # a line at a time, or one array as a whole: for gigabytes JSON lines are better
     """Yield the text (str or None) of each object of JSON lines or of one JSON array. Raises: SystemExit(2)."""
-    first = next((line for line in read_lines(path) if line.strip()), "")  # tells the layout
-    array = first.lstrip().startswith("[")  # else an object a line
+    array = next((line for line in read_lines(path) if line.strip()), "").lstrip().startswith("[")  # else objects
     parts = ["".join(read_lines(path))] if array else read_lines(path)  # each one JSON value
     for start, part in enumerate(parts, 1):  # start: the first line of the part, counted from 1 as editors do
         if not part.strip():  # a blank line is no row
