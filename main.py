@@ -27,7 +27,6 @@ import glob  # "data/*.jsonl" given in quotes
 import gzip  # .gz files are read as they are
 import hashlib  # checksums of checkpoints
 import importlib.util  # is a package installed? answered without importing it
-import itertools  # puts the first line of a file back in front of the rest
 import json  # .json and .jsonl files
 import math  # perplexity = exp(loss)
 import os  # paths, environment
@@ -528,85 +527,74 @@ def digests(model, train):  # what no flag says
 
 
 def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # text in, chunks out
-    """Read, tokenize and pack the training and validation text.
+    """Read, tokenize and pack the training and validation text; rebuild (bool): without a look into the cache.
 
-    Args: args: the parsed command line. tokenizer: of the model. rebuild (bool): do not use the cache.
-    Returns: (train, validation), each a datasets.Dataset whose only column `input_ids` holds lists of exactly
-        max_seq_length int32 token ids, memory-mapped from the cache; None for a split that there is no data for.
-    Raises: SystemExit(2) after one sentence when the data is not what it should be.
+    Returns: (train, validation), each a memory-mapped datasets.Dataset whose one column `input_ids` holds lists of
+        max_seq_length int32 token ids, or None where there is no data. Raises: SystemExit(2) after one sentence.
     """
-    needed = "validation" if args.evaluate_only else "train"  # the split without which there is nothing to do
-    if args.dataset_name:  # the hub, its cache, or a directory
-        name, config = args.dataset_name, args.dataset_config_name  # the configuration may be None
-        splits = load_named_dataset(name, config, args.text_column, needed, args.cache_dir)  # split → rows
-    else:  # one split for each flag that was given
-        given = {"train": args.train_file, "validation": args.validation_file}  # split → list of paths, maybe empty
-        options = (args.text_column, args.cache_dir, rebuild)  # the same for both
-        splits = {name: load_files(name, files, *options) for name, files in given.items() if files}  # split → rows
+    from datasets import Features, Value  # the schema of rows from files
 
-    wanted = {"train": args.max_train_samples, "validation": args.max_eval_samples}  # split → at most so many chunks
-    if args.evaluate_only:  # the training text is not needed
-        del wanted["train"]  # and may be large
-    chunks = {}  # split → packed data set
-    for name, limit in wanted.items():  # train first: its errors matter more
-        if name in splits:  # validation is optional
-            packed = prepare_split(name, splits.pop(name), tokenizer, args, rebuild)  # pop: lets go of the raw text
-            chunks[name] = packed.select(range(min(limit, len(packed)))) if limit else packed  # a view, no copy
-            if limit and limit < len(packed):  # chunks that were made but will not be used
-                say(f"{name}: only the first {limit:,} of {len(packed):,} chunks are used (--max_*_samples)")  # asked
-    return chunks.get("train"), chunks.get("validation")  # main() needs both names
+    plan = {"validation": (args.validation_file, args.max_eval_samples)}  # split → paths, at most so many chunks
+    if not args.evaluate_only:  # else the training text is not even read: it may be large
+        plan = {"train": (args.train_file, args.max_train_samples), **plan}  # first: its errors matter more
+    texts = load_named_dataset(args, list(plan)) if args.dataset_name else {}  # split → Dataset of one column
+    for split, (files, _) in plan.items():  # both are read before one is tokenized: their faults show early
+        if files:  # an empty list without the flag
+            kwargs = {"files": tuple(files), "column": args.text_column}  # a tuple: datasets would split a list
+            schema = Features({"text": Value("large_string")})  # large: 64-bit offsets, for texts of gigabytes
+            texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # read once
+
+    chunks = {}  # split → Dataset of chunks
+    for split, (_, limit) in plan.items():  # limit: None without the flag
+        if split in texts:  # validation is optional
+            packed = prepare_split(split, texts.pop(split), tokenizer, args, rebuild)  # pop lets go of the raw text
+            if limit and limit < len(packed):  # some chunks that were made will not be used
+                say(f"{split}: only the first {limit:,} of {len(packed):,} chunks are used (--max_*_samples)")  # a flag
+                packed = packed.take(limit)  # a view, no copy
+            chunks[split] = packed  # ready for the Trainer
+    return chunks.get("train"), chunks.get("validation")  # None for the one that there is no text for
 
 
-def load_named_dataset(name, config, column, needed, cache_dir):  # --dataset_name
-    """Load a data set from the hub, from its cache or from a local directory.
+def load_named_dataset(args, wanted):  # --dataset_name
+    """Load the splits `wanted` (list of names, the first must be there) from the hub, its cache or a directory.
 
-    Returns: {"train": Dataset, "validation": Dataset} as far as there are such splits, each with the one column `text`.
-    Raises: SystemExit(2) after one sentence for an unknown name, configuration or column, and without a network.
+    Returns: {split: Dataset of the text column only}. Raises: SystemExit(2) after one sentence.
     """
     import datasets  # Arrow files, memory-mapped: data may be larger than memory
 
-    name = DATASET_ALIASES.get(name, name)  # the hub knows the old short name, the library no longer does
+    config, column = args.dataset_config_name, args.text_column  # config: None if not given
+    name = DATASET_ALIASES.get(args.dataset_name, args.dataset_name)  # the library does not know the old short name
     if name == WIKITEXT and not config:  # the example everybody starts with
         config = WIKITEXT_CONFIG  # the small one
         say(f"{name}: no --dataset_config_name given, taking {config}.")  # the one notice line
+    saved = any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))  # by datasets
+    if saved and config:  # there is nothing to choose from
+        fail(f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # one only
     try:  # the hub may not know it, may not answer, or may not let us in
-        saved = [os.path.join(name, file) for file in ("state.json", "dataset_dict.json")]  # of one split; of several
-        if any(os.path.isfile(path) for path in saved):  # a directory with Arrow files
-            if config:  # there is nothing to choose from
-                fail(f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # one only
-            loaded = datasets.load_from_disk(name)  # made by Dataset.save_to_disk
+        if saved:  # a directory made by save_to_disk
+            loaded = datasets.load_from_disk(name)  # a Dataset, or a dictionary of them
         else:  # a hub name, or a directory of files as on the hub
-            if not config:  # the data set may have several and no default
-                config = datasets.get_dataset_default_config_name(name)  # the only one, or the one marked as default
-                if config is None:  # several: choosing one silently could train on the wrong language
-                    names = ", ".join(datasets.get_dataset_config_names(name))  # what its card lists
-                    fail(f"--dataset_name {name} has several configurations: "  # never guessed
-                         f"choose one with --dataset_config_name: {names}")  # all of them
-            loaded = datasets.load_dataset(name, config, cache_dir=cache_dir)  # downloads once, then reads the cache
+            loaded = datasets.load_dataset(name, config, cache_dir=args.cache_dir)  # downloaded once, then cached
     except Exception as error:  # the libraries raise a dozen kinds for a handful of reasons
         fail(explain_loading_error("--dataset_name", name, "datasets/", error))  # one sentence with what to do
 
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}  # a single saved Dataset is training data
-    if needed not in loaded:  # a data set of test questions, say
-        fail(f"--dataset_name {name} has no {needed} split, only {', '.join(loaded)}: "  # what there is
-             "give files instead, with --train_file and --validation_file")  # rather than taking another split silently
-    splits = {split: loaded[split] for split in ("train", "validation") if split in loaded}  # test stays untouched
-    for split, rows in splits.items():  # the same column is needed in both
-        check_column(name, f"split {split}", column, rows.column_names)  # the usual first error with others' data
+    if wanted[0] not in loaded:  # a data set of test questions, say: no other split is taken silently
+        fail(f"--dataset_name {name} has no {wanted[0]} split, only {', '.join(loaded)}: "  # what there is
+             "give files instead, with --train_file and --validation_file")  # which name their purpose
+    splits = {split: loaded[split] for split in wanted if split in loaded}  # the test split stays untouched
+    for split, rows in splits.items():  # the same column is needed in each
+        check_column(f"{name}, split {split}", column, rows.column_names)  # the usual first error with others' data
         kind = getattr(rows.features[column], "dtype", type(rows.features[column]).__name__)  # "int64", "List"
         if kind not in ("string", "large_string"):  # numbers, lists, nulls, pictures
             fail(f"{name}, split {split}: column {column!r} holds {kind}, not text; "  # its type on the hub
                  "choose another with --text_column")  # the flag to change
-        rows = rows.select_columns([column])  # the others are not read from the disk any more
-        splits[split] = rows if column == "text" else rows.rename_column(column, "text")  # the name used from here on
+        splits[split] = rows.select_columns([column])  # the others are not read from the disk
     return splits  # nothing has been read into memory so far
 
 
 def explain_loading_error(flag, name, kind, error):  # hub, cache and broken files
-    """Turn an exception of transformers, datasets or huggingface_hub into a sentence that says what to do.
-
-    Args: flag (str): the flag that named it. name (str): hub name or path. kind (str): "datasets/" or "" for models.
-    """
+    """Return the sentence that says what to do about error. kind (str): "datasets/", or "" for models."""
     from huggingface_hub import constants  # which hub: HF_ENDPOINT may name another
 
     kinds, words = [], ""  # the libraries wrap the reason up to four times, and some hide it in the message only
@@ -628,240 +616,197 @@ def explain_loading_error(flag, name, kind, error):  # hub, cache and broken fil
                 "check the network (and HF_HUB_OFFLINE), or give a local directory")  # the ways out
     if "EmptyDatasetError" in kinds:  # a directory without .json, .csv, .txt, .parquet, …
         return f"{flag} {name}: the directory holds no data files"  # perhaps one level up
-    advice = "if it is damaged, download or save it anew"  # the commonest reason that is left
-    return f"{flag} {name} cannot be loaded; {advice}: {words[:400].strip()}"  # in the libraries' own words
+    if "Config name is missing" in words:  # several: choosing one silently could train on the wrong language
+        configs = re.search(r"configs: \[(.*?)\]", words)[1].replace("'", "")  # as its card lists them
+        return f"{flag} {name} has several configurations: choose one with --dataset_config_name: {configs}"  # all
+    return f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400].strip()}"  # their words
 
 
-def load_files(split, files, column, cache_dir, rebuild):  # --train_file, --validation_file
-    """Read local files into the cache once. Returns: datasets.Dataset with the one column `text`, memory-mapped."""
-    from datasets import Features, Value  # the schema of the cache
+def cached(name, generator, kwargs, cache_dir, rebuild, features=None):  # for what is read and for what is packed
+    """Return a datasets.Dataset of what generator(**kwargs) yields, made once and then memory-mapped from the cache.
 
-    keys = [(path, os.path.getsize(path), os.stat(path).st_mtime_ns) for path in files]  # a changed file is read anew
-    kwargs = {"files": tuple(files), "column": column}  # a tuple: datasets would split a list over processes
-    schema = Features({"text": Value("large_string")})  # large: 64-bit offsets, for texts of gigabytes
-    return cached(f"{split}_rows", read_texts, kwargs, keys, cache_dir, rebuild, schema)  # the second time at once
-
-
-def cached(name, generator, kwargs, keys, cache_dir, rebuild, features=None):  # read and pack
-    """Write what generator(**kwargs) yields to an Arrow file once, and map it into memory now and in every later run.
-
-    This is datasets.Dataset.from_generator, which has no switch to do it again.
-    Args: name (str): for the progress bar. keys: whatever decides the content, hashed together with the generator's
-        own code. features: the schema of a row.
-    Returns: datasets.Dataset. The file appears under its name when it is complete, so a kill leaves no half cache.
+    It is made again when one of kwargs["files"] or the generator's code has changed. This is Dataset.from_generator,
+    which has no switch to do it again. features: the schema of a row; None takes that of the first rows.
     """
     from datasets.fingerprint import Hasher  # stable over processes and Python's hash seeds
     from datasets.packaged_modules.generator.generator import Generator  # what from_generator is made of
 
-    builder = Generator(  # knows its place in the cache by config_id
-        generator=generator,  # a function that yields rows
-        gen_kwargs=kwargs,  # not hashed, since a config_id is given: hashing a tokenizer takes four seconds
-        config_id=f"{name}-{Hasher.hash((generator, kwargs.get('column'), keys))}",  # names the directory
-        split=name,  # shown on the progress bar: "Generating train_rows split"
-        cache_dir=cache_dir,  # None: the cache of datasets
-        features=features,  # None: inferred from the first rows
+    versions = [(os.path.getsize(path), os.stat(path).st_mtime_ns) for path in kwargs["files"]]  # bytes, nanoseconds
+    builder = Generator(  # looks into the cache
+        config_id=f"{name}-{Hasher.hash((generator, kwargs, versions))}",  # the directory there; appears when complete
+        generator=generator, gen_kwargs=kwargs,  # called if it is not there
+        split=name, cache_dir=cache_dir, features=features,  # the progress bar says "Generating … split"
     )
     builder.download_and_prepare(download_mode="force_redownload" if rebuild else None)  # nothing if it is there
-    return builder.as_dataset(split=name)  # memory-mapped: costs no memory until touched
+    return builder.as_dataset(split=name)  # costs no memory until it is touched
 
 
 def read_texts(files, column):  # a generator: one row in memory at a time
-    """Yield {"text": str or None} for every row of the files, in order; every fault names its file and line.
+    """Yield {"text": str or None} for every row of the files, in order. Raises: SystemExit(2), with file and place.
 
     .txt: a line is a text, its line break kept. .csv: the header names the columns. .json: an array of objects, or an
-    object a line, as in .jsonl. A null is passed on, and counted as a blank row later.
-    Args: files (sequence of str): paths. column (str): the column that holds the text.
-    Raises: SystemExit(2) after one sentence.
+    object a line, as in .jsonl. A null counts as a blank row later.
     """
-    seen = False  # a row in any of the files?
-    for path in files:  # each file on its own: formats may be mixed
-        kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # ".jsonl"
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as stream:  # bytes: we count lines and offsets
-            lines = decode_lines(path, stream)  # lazily: a file may be larger than memory
-            reader = {".txt": read_txt, ".csv": read_csv, ".json": read_json, ".jsonl": read_json}[kind]  # by extension
-            for where, row in reader(path, lines, column):  # where: "line 7", for the sentence
-                if not isinstance(row, str) and row is not None:  # numbers and lists are no text
-                    fail(f"{path}, {where}: column {column!r} holds {json.dumps(row)[:60]}, not text; "  # as written
-                         "choose another with --text_column, or put quotes around it")  # both ways out
-                if row and not row.isascii() and any("\ud800" <= letter <= "\udfff" for letter in row):  # half a pair
-                    fail(f"{path}, {where}: the text has half a character, an escape from \\ud800 to \\udfff "  # JSON
-                         "without its other half; remove it")  # nothing can be encoded with it
-                seen = True  # blank or not
-                yield {"text": row}  # one row of the cache
-
-    if not seen:  # a header alone, "[]", line breaks alone
+    empty = True  # no row in any file so far
+    for path in files:  # each on its own: formats may be mixed
+        extension = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # ".jsonl"
+        if extension == ".txt":  # the one format without columns
+            texts = read_lines(path)  # with their line breaks, which are part of the text
+        elif extension == ".csv":  # read here, because datasets would read "NA" as null and fill short rows
+            texts = read_csv(path, column)  # every value as it stands there
+        else:  # .json and .jsonl, read here because the errors of datasets name no line
+            texts = read_json(path, column)  # either layout under either name
+        for text in texts:  # maybe blank
+            empty = False  # a blank row is a row
+            yield {"text": text}  # one row of the cache
+    if empty:  # a header alone, "[]", line breaks alone
         fail(f"{', '.join(files)}: no rows, so nothing to train on; check how the file was written")  # a failed export
 
 
-def decode_lines(path, stream):  # bytes → text
-    """Yield the lines of a binary stream as str, line breaks as \\n. Raises: SystemExit(2) with the byte offset."""
-    offset = 0  # bytes before this line, for the sentence
-    try:  # a .gz that was cut short, or is no .gz
-        for line in stream:  # split at \n only, as every reader of JSON lines does
-            try:  # UTF-8 is the one encoding that is read
-                text = line.decode("utf-8")  # most bytes of another encoding fail here
-            except UnicodeDecodeError as error:  # Latin-1, UTF-16, a picture
-                encoding = "utf-16" if line[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"  # by its first bytes
-                fail(f"{path} is not UTF-8: byte {offset + error.start} is 0x{line[error.start]:02x}; "  # from 0
-                     f"convert it, for example with iconv -f {encoding} -t utf-8")  # the tool that every machine has
-            text = text.removeprefix("\ufeff") if offset == 0 else text  # the mark that Excel puts in front
-            offset += len(line)  # bytes, not characters
-            yield text[:-2] + "\n" if text.endswith("\r\n") else text  # files from Windows
-    except (OSError, EOFError, gzip.zlib.error) as error:  # BadGzipFile is an OSError
-        fail(f"{path} cannot be read to its end: {error}")  # the disk, the network share, or a broken archive
+def read_lines(path):  # a generator, too: a file may be larger than memory
+    """Yield the lines of a file, which may be gzipped, as str that end with \\n. Raises: SystemExit(2)."""
+    unpack = gzip.open if path.endswith(".gz") else open  # they take the same arguments
+    with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as lines:  # sig: without the mark that Excel puts first
+        try:  # newline: a line ends at \n only, for every reader of JSON lines
+            yield from (line.replace("\r\n", "\n") for line in lines)  # files from Windows
+        except UnicodeDecodeError as error:  # Latin-1, UTF-16, a picture
+            part = error.object  # the bytes that were being decoded, the last ones read so far
+            byte = lines.buffer.tell() - len(part) + error.start  # its place in the file, unpacked, from 0
+            encoding = "utf-16" if part[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"  # by its first bytes
+            fail(f"{path} is not UTF-8: byte {byte} is 0x{part[error.start]:02x}; "  # at which it cannot go on
+                 f"convert it, for example with iconv -f {encoding} -t utf-8")  # the tool that every machine has
+        except (OSError, EOFError, gzip.zlib.error) as error:  # a bad disk; a .gz that was cut short, or is none
+            fail(f"{path} cannot be read to its end: {error}")  # in the system's words
 
 
-def read_txt(path, lines, column):  # the simplest of three readers
-    """Yield ("line N", text) for each line; the column does not matter."""
-    for number_, line in enumerate(lines, 1):  # counted from 1, as editors do
-        yield f"line {number_}", line  # with its line break: it is part of the text
-
-
-def read_csv(path, lines, column):  # datasets would read "NA" as null and fill short rows
-    """Yield ("line N", text) for each row; values in quotes may span lines. Raises: SystemExit(2)."""
+def read_csv(path, column):  # a row at a time
+    """Yield the text of each row of a .csv file; values in quotes may span lines. Raises: SystemExit(2)."""
     csv.field_size_limit(2**31 - 1)  # Python's default refuses texts over 128 KiB
-    rows = csv.reader(lines, strict=True)  # strict: an open quote is an error, not the rest of the file in one cell
+    rows = csv.reader(read_lines(path), strict=True)  # strict: an open quote is an error, not the rest of the file
     try:  # csv.Error names what is wrong, line_num says where
         header = next(rows, [])  # the names of the columns
-        check_column(path, "line 1", column, header)  # once a file is enough: the rows must be as long as the header
-        place, numeric, where = header.index(column), True, ""  # numeric: until a value is seen that is no number
+        check_column(f"{path}, line 1", column, header)  # once is enough: rows must be as long as the header
+        place, numeric = header.index(column), True  # numeric: until a text is seen that is no number
         for row in rows:  # lists of str
-            where = f"line {rows.line_num}"  # the last line of a value that spans several
             if row and len(row) != len(header):  # a comma too many or too few: which cell is the text?
-                fail(f"{path}, {where}: {len(row)} values, but the header has {len(header)}; "  # ragged
+                fail(f"{path}, line {rows.line_num}: {len(row)} values, but the header has {len(header)}; "  # ragged
                      "texts with commas or line breaks need double quotes around them")  # the usual reason
-            value = row[place] if row else ""  # an empty line is a blank row
-            digits = value.strip().lstrip("+-").replace(".", "", 1)  # "-1.5" → "15"
-            numeric = numeric and (not digits or digits.isdigit())  # decided by the first real text
-            yield where, value  # always str
-        if numeric and where:  # a column of ids or prices: surely the wrong one
+            text = row[place] if row else ""  # an empty line is a blank row
+            numeric = numeric and re.fullmatch(r"[+-]*\d*(\.\d*)?", text.strip())  # "-1.5", also a blank
+            yield text  # as it stands there
+        if numeric and rows.line_num > 1:  # there were rows: a column of ids or prices, surely the wrong one
             fail(f"{path}: column {column!r} holds only numbers or blanks, not text; "  # never trained on silently
                  f"choose another with --text_column (columns: {', '.join(header)})")  # what there is instead
     except csv.Error as error:  # bad quoting, a NUL byte
         fail(f"{path}, line {rows.line_num}: broken CSV: {error}")  # e.g. "unexpected end of data": an open quote
 
 
-def read_json(path, lines, column):  # both layouts of JSON
-    """Yield ("line N" or "item N", value) for each object of JSON lines or of one JSON array. Raises: SystemExit(2)."""
-    numbered = enumerate(lines, 1)  # counted from 1, as editors do
-    first, line = next((pair for pair in numbered if pair[1].strip()), (1, ""))  # the first line tells the layout
-    if line.lstrip().startswith("["):  # one array: parsed as a whole, so for gigabytes .jsonl is the better format
-        items = parse_json(path, first, line + "".join(text for _, text in numbered))  # a list, in memory
-        rows = ((f"item {count}", item) for count, item in enumerate(items, 1))  # in an array lines mean little
-    else:  # an object a line, one line in memory at a time
-        rest = itertools.chain([(first, line)], numbered)  # the first line again, then all others
-        rows = ((f"line {count}", parse_json(path, count, text)) for count, text in rest if text.strip())  # none blank
-    for where, row in rows:  # parsed, of any type
-        if not isinstance(row, dict):  # a bare string, number or list
-            fail(f'{path}, {where}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # the remedy
-        check_column(path, where, column, row)  # each row: a name may change half-way
-        yield where, row[column]  # a str, or something that read_texts refuses
+def read_json(path, column):  # a line at a time, or one array as a whole: for gigabytes JSON lines are better
+    """Yield the text (str or None) of each object of JSON lines or of one JSON array. Raises: SystemExit(2)."""
+    array = next((line for line in read_lines(path) if line.strip()), "").lstrip().startswith("[")  # else objects
+    parts = ["".join(read_lines(path))] if array else read_lines(path)  # each one JSON value
+    for start, part in enumerate(parts, 1):  # start: the first line of the part, counted from 1 as editors do
+        if not part.strip():  # a blank line is no row
+            continue  # with the next line
+        try:  # rstrip: the parser would say that a fault at the end is on the next line
+            parsed = json.loads(part.rstrip())  # of any type
+        except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
+            line = start + getattr(error, "lineno", 1) - 1  # the parser counts from the start of the part
+            fail(f"{path}, line {line}: broken JSON: {getattr(error, 'msg', error)}; "  # the parser's words
+                 "the file must hold one object a line or one array of objects")  # the two layouts
+
+        for item, row in enumerate(parsed if array else [parsed], 1):  # the rows in this part
+            where = f"{path}, item {item}" if array else f"{path}, line {start}"  # in an array lines mean little
+            if not isinstance(row, dict):  # a bare string, number or list
+                fail(f'{where}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # the remedy
+            check_column(where, column, row)  # in each row: a name may change half-way
+            text = row[column]  # of any type
+            if not isinstance(text, str) and text is not None:  # numbers and lists are no text
+                fail(f"{where}: column {column!r} holds {json.dumps(text)[:60]}, not text; "  # as written
+                     "choose another with --text_column, or put quotes around it")  # both ways out
+            if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, say: no file can hold it
+                fail(f"{where}: the text has half a character, an escape from \\ud800 to \\udfff "  # how it is written
+                     "without its other half; remove it")  # the one way out
+            yield text  # one row
 
 
-def parse_json(path, start, text):  # json.loads with a place
-    """Parse text that starts in line `start` of the file. Raises: SystemExit(2) with the line of the fault."""
-    try:  # the parser counts lines from the start of text
-        return json.loads(text.rstrip())  # rstrip: else a fault at the end would be said to be on the next line
-    except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
-        line = start + getattr(error, "lineno", 1) - 1  # in the file
-        fail(f"{path}, line {line}: broken JSON: {getattr(error, 'msg', error)}; "  # the parser's words
-             "the file must hold one object a line or one array of objects")  # the two layouts
-
-
-def check_column(path, where, column, columns):  # every source of data needs the column
-    """Raise SystemExit(2) unless columns, the names there are, holds column."""
+def check_column(where, column, columns):  # every source of data needs the column
+    """Raise SystemExit(2) unless columns, the names that there are, holds column. where (str): the file and line."""
     if column not in columns:  # list them: the right one is usually obvious
         names = [str(name) for name in columns]  # a header's cells or an object's keys
-        fail(f"{path}, {where}: no column {column!r}{nearest(column, names)}; "  # a slip, or the default name
+        fail(f"{where}: no column {column!r}{nearest(column, names)}; "  # a slip, or the default name
              f"columns: {', '.join(names) or 'none'}; choose one with --text_column")  # the flag to change
 
 
 def prepare_split(split, rows, tokenizer, args, rebuild):  # one line of report a split
-    """Tokenize and pack one split, and report what became of every row and token.
-
-    Args: split (str): its name. rows: Dataset with the column `text`. Returns: Dataset of chunks, see above.
-    """
+    """Tokenize and pack rows, a Dataset of one column, and report what became of each. Returns: Dataset of chunks."""
     import datasets  # map runs the tokenizer over memory-mapped rows
     import pyarrow.compute  # counts without Python objects
-    from datasets.fingerprint import Hasher  # stable over processes
 
-    if len(rows) == 0:  # a data set that was saved empty; files are checked while they are read
-        fail(f"the {split} data has no rows")  # nothing to tokenize
-    size = TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes)  # rows that hold about so many bytes of text
-    cache = os.path.expanduser(args.cache_dir or datasets.config.HF_DATASETS_CACHE)  # beside what was read
-    os.makedirs(cache, exist_ok=True)  # absent on a fresh machine when the data came from a local directory
     recipe = (tokenize_texts, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), args.add_eos)  # all that decides
-    key = Hasher.hash(recipe)  # a changed text, tokenizer, flag or function makes a new cache file
+    key = datasets.fingerprint.Hasher.hash(recipe)  # a changed text, tokenizer, flag or function makes a new cache file
+    cache = os.path.expanduser(args.cache_dir or datasets.config.HF_DATASETS_CACHE)  # also for a read-only data set
+    size = TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes)  # rows that hold about so many bytes of text
     tokenized = rows.map(  # with a progress bar; in batches, so that memory stays flat
         tokenize_texts,  # a batch of texts → a batch of lists of ids
         fn_kwargs={"tokenizer": tokenizer, "eos": [tokenizer.eos_token_id] if args.add_eos else []},  # what to append
-        batched=True,  # the tokenizer works on many texts at once, on all cores
-        batch_size=max(1, min(1000, size)),  # fewer when texts are long: memory stays flat
-        remove_columns=["text"],  # only token ids are kept
+        input_columns=rows.column_names, remove_columns=rows.column_names,  # the text: only its token ids are kept
+        batched=True, batch_size=max(1, min(1000, size)),  # many at once, on all cores; fewer when texts are long
         features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),  # 4 bytes hold 262,144 ids
         num_proc=args.preprocessing_num_workers,  # None: this process, whose tokenizer is threaded already
         load_from_cache_file=not rebuild,  # a second run starts at once
-        cache_file_name=os.path.join(cache, f"tokenized-{key}.arrow"),  # one place, also for a read-only data directory
+        cache_file_name=os.path.join(cache, f"tokenized-{key}.arrow"),  # several processes: with a number each
         new_fingerprint=key,  # hashing the tokenizer object instead would take four seconds
         desc=f"Tokenizing {split}",  # on the progress bar
     )
-    if len(tokenized) == 0:  # blank rows make no tokens
+    if len(tokenized) == 0:  # blank rows make no tokens; a saved data set may even have no rows
         fail(f"the {split} data holds no text: all {len(rows):,} rows are blank or null")  # surely not meant
 
     length = args.max_seq_length  # tokens per chunk
-    sizes = pyarrow.compute.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each text
-    cut = (sizes - length).clip(0) * (not args.no_truncation)  # tokens that truncation takes from each text
-    kept = int(sizes.sum(dtype="int64") - cut.sum(dtype="int64"))  # what is packed
-    chunks, dropped = divmod(kept, length)  # the one remainder of the whole split
+    sizes = pyarrow.compute.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each text …
+    kept = sizes if args.no_truncation else sizes.clip(max=length)  # … and those of them that are packed
+    total, cut = kept.sum(), sizes.sum() - kept.sum()  # numpy adds int32 up in 64 bits
+    chunks, dropped = divmod(total, length)  # the one remainder of the whole split
     say(  # every row and every token is accounted for
         f"{split}: {len(rows):,} rows read, {len(rows) - len(tokenized):,} blank skipped, "  # blank: only white space
-        f"{(cut > 0).sum():,} texts truncated (-{cut.sum(dtype='int64'):,} tokens), "  # --no_truncation keeps them
-        f"{kept:,} tokens kept = {chunks:,} chunks of {length:,} + {dropped:,} tokens dropped at the end"  # adds up
+        f"{(kept < sizes).sum():,} texts truncated (-{cut:,} tokens), "  # --no_truncation keeps them
+        f"{total:,} tokens kept = {chunks:,} chunks of {length:,} + {dropped:,} tokens dropped at the end"  # adds up
     )
-    if chunks == 0:  # any length up to kept gives a chunk, also when it truncates more
-        fail(f"the {split} data has {kept:,} tokens, too few for one chunk of {length:,}: "  # a handful of sentences
-             f"add text, or use --max_seq_length {kept} or less")  # proven by the comment above
+    if chunks == 0:  # as many tokens as are kept make a chunk, also when a shorter length truncates more
+        fail(f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: "  # a handful of sentences
+             f"add text, or use --max_seq_length {total} or less")  # a length that works
     files = tuple(file["filename"] for file in tokenized.cache_files)  # one for each process that tokenized, in order
     kwargs = {"files": files, "length": length, "truncate": not args.no_truncation}  # for group_texts
-    keys = (key, length, args.no_truncation)  # of the packed cache
-    return cached(f"{split}_chunks", group_texts, kwargs, keys, args.cache_dir, rebuild)  # lists of int32
+    return cached(f"{split}_chunks", group_texts, kwargs, args.cache_dir, rebuild)  # lists of int32
 
 
-def tokenize_texts(batch, tokenizer, eos):  # runs in datasets.map, maybe in several processes
-    """Map a batch {"text": list[str or None]} to {"input_ids": list[list[int]]}, blank texts left out.
+def tokenize_texts(texts, tokenizer, eos):  # runs in datasets.map, maybe in several processes
+    """Map list[str or None] to {"input_ids": list[list[int]]}, blank texts left out; eos (list[int]) ends each text.
 
-    The tokenizer puts Gemma's BOS before each text; eos (list[int]) goes behind it. Truncation comes later, in
-    group_texts, so that another --max_seq_length need not tokenize again.
+    The tokenizer puts Gemma's BOS before each. Truncation comes in group_texts: another length, the same tokens.
     """
-    texts = [text for text in batch["text"] if text and not text.isspace()]  # a blank one would be a lone BOS
+    texts = [text for text in texts if text and not text.isspace()]  # a blank one would be a lone BOS
     ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []  # all in one call
     return {"input_ids": [row + eos for row in ids]}  # rows of their own length
 
 
 def group_texts(files, length, truncate):  # packing
-    """Concatenate all texts and yield {"input_ids": chunk} for chunks of exactly `length` tokens.
+    """Concatenate all texts and yield {"input_ids": chunk}, chunk an int32 array of exactly `length` tokens.
 
-    Works on Arrow's buffers through numpy: 12 million tokens take a fraction of a second. A tail shorter than a chunk
-    is carried over from batch to batch, so that only the one at the end of the split is dropped.
-    Args: files (sequence of str): Arrow files with the column `input_ids`, lists of int32. length (int): tokens per
-        chunk. truncate (bool): take at most `length` tokens of each text.
-    Yields: numpy arrays of shape (length,), int32.
+    Works on Arrow's buffers through numpy: 12 million tokens take a fraction of a second.
+    Args: files (sequence of str): Arrow files of tokenized texts. truncate (bool): at most `length` tokens of each.
     """
     import numpy as np  # array arithmetic
     import pyarrow as pa  # the format of the cache
-    import pyarrow.compute as pc  # the sizes of lists without Python objects
+    import pyarrow.compute as pc  # cuts lists without Python objects
 
     tail = np.empty(0, dtype=np.int32)  # tokens that are in no chunk yet: always fewer than length
     for path in files:  # the tokenized texts, in their order
         with pa.OSFile(path) as source, pa.ipc.open_stream(source) as batches:  # read, not mapped: memory stays flat
             for batch in batches:  # at most a thousand texts
                 texts = batch["input_ids"]  # one Arrow array of lists
-                tokens = texts.flatten().to_numpy()  # the lists' tokens end to end: no copy
-                if truncate:  # each token's position in its own text decides
-                    sizes = pc.list_value_length(texts).to_numpy()  # (texts,)
-                    starts = np.repeat(sizes.cumsum() - sizes, sizes)  # (tokens,): where each token's text begins
-                    tokens = tokens[np.arange(len(tokens)) - starts < length]  # what truncating the texts would keep
-                tokens = np.concatenate([tail, tokens])  # in order, none twice
+                texts = pc.list_slice(texts, 0, length) if truncate else texts  # shorter ones stay as they are
+                tokens = np.concatenate([tail, texts.flatten().to_numpy()])  # end to end, none twice
                 whole = len(tokens) // length * length  # only whole chunks train: no padding, no mask
                 yield from ({"input_ids": chunk} for chunk in tokens[:whole].reshape(-1, length))  # rows of the cache
                 tail = tokens[whole:]  # first in the next batch; in the end, what the report calls dropped
@@ -871,10 +816,7 @@ def group_texts(files, length, truncate):  # packing
 
 
 def load_tokenizer(name, max_seq_length):  # the first thing a model must have
-    """Load the tokenizer of model `name` and check that the model's context holds max_seq_length tokens.
-
-    Returns: a fast tokenizer that has a pad token. Raises: SystemExit(2) after one sentence.
-    """
+    """Return the fast tokenizer of model `name`, whose context must hold max_seq_length. Raises: SystemExit(2)."""
     from transformers import AutoConfig, AutoTokenizer  # pick the classes by the model's config.json
     from transformers.utils import cached_file  # path of one file of a model, downloaded if need be
 
@@ -888,19 +830,17 @@ def load_tokenizer(name, max_seq_length):  # the first thing a model must have
         fail(explain_loading_error("--model_name_or_path", name, "", error) + part)  # one sentence with what to do
     context = getattr(config.get_text_config(), "max_position_embeddings", max_seq_length)  # 32,768 for Gemma 3 270M
     if max_seq_length > context:  # positions that the model has never seen
-        fail(f"--max_seq_length {max_seq_length} is longer than the model's context: use {context} or less")  # 32,768
+        fail(f"--max_seq_length {max_seq_length} is longer than the model's context: use {context} or less")  # its size
     if tokenizer.pad_token is None:  # the collator asks for one though full chunks need no padding
         tokenizer.pad_token = tokenizer.eos_token  # as everywhere in this field
     return tokenizer  # adds BOS by itself, never EOS
 
 
 def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or a directory
-    """Load the causal language model `name` with float32 weights.
+    """Load the causal language model `name` with float32 weights, on the CPU. Raises: SystemExit(2).
 
-    float32, because an update of 2e-5 relative to a weight is lost in bfloat16's 8 bits: 16-bit matrix products come
-    from autocast (--bf16, --fp16), which leaves these master weights alone. Flash Attention wants a model that was
-    loaded as bfloat16; its weights are then made float32 just the same.
-    Returns: PreTrainedModel on the CPU. Raises: SystemExit(2) after one sentence.
+    float32, because bfloat16's 8 bits lose an update of 2e-5 of a weight: the 16-bit matrix products of --bf16 and
+    --fp16 come from autocast, which leaves these master weights alone.
     """
     import torch  # names of number formats
     from transformers import AutoModelForCausalLM  # picks Gemma3ForCausalLM by config.json
@@ -908,17 +848,16 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
     try:  # the weights: 536 MB from the hub at the first time
         model, report = AutoModelForCausalLM.from_pretrained(  # memory-maps the file, then copies
             name,  # hub name or directory
-            dtype=torch.bfloat16 if flash_attention else torch.float32,  # else the file's own: bfloat16
+            dtype=torch.bfloat16 if flash_attention else torch.float32,  # Flash Attention wants to be loaded so
             attn_implementation="flash_attention_2" if flash_attention else "sdpa",  # sdpa: PyTorch's fused kernels
             ignore_mismatched_sizes=True,  # do not raise for a wrong shape: the report lists it
             output_loading_info=True,  # also tell which weights the file lacked
         )
     except Exception as error:  # broken files, a model of another kind, no network
         fail(explain_loading_error("--model_name_or_path", name, "", error))  # one sentence with what to do
-    wrong = [*sorted(report["missing_keys"]), *sorted(key for key, *_ in report["mismatched_keys"])]  # absent, or odd
+    wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # absent, or odd
     if wrong:  # transformers fills them with random numbers and a warning
-        lacks = ", ".join(wrong[:3])  # a few say enough
-        fail(f"--model_name_or_path {name}: the file lacks weights, such as {lacks}; save the model anew")  # a bad copy
+        fail(f"--model_name_or_path {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # a bad copy
     model.float()  # masters; changes nothing unless loaded as bfloat16
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
         model.resize_token_embeddings(len(tokenizer))  # the head is tied to the embedding and grows with it
