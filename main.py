@@ -16,6 +16,7 @@ and datasets (six seconds together) are imported by the functions that need them
 """
 
 import argparse  # the command line
+import atexit  # what has to be closed before Python ends
 import contextlib  # to go on after an error that does not matter
 import csv  # rows of .csv files, with the line number of a bad one
 import ctypes  # one call of the operating system that Python has no name for
@@ -268,73 +269,71 @@ def find_files(flag, patterns):  # --train_file and --validation_file
 
 
 # ── Several processes ────────────────────────────────────────────────────────────────────────────────────────────────
-# The launcher starts one process, a rank, for each device. They meet at a store, a small server on the main machine.
-# What ends one rank is noted there and ends all, with the same sentence on every machine: none waits for a lost one.
+# A launcher starts one process, called a rank, for each device of each machine. They meet at a store: a small server on
+# the main machine, that of rank 0, where each can read what another has set under a name. Before any work all machines
+# compare with rank 0 what they are about to do. A rank that fails sets its end in the store; in each other one a thread
+# looks for that every second, says why, and ends its process. One that is killed sets nothing: then torch fails in the
+# ranks that wait for it, when its connections close, or when nothing has come from it for --ddp_timeout seconds.
 
 
 class Ranks:  # made by accelerate launch or torchrun
     """The processes of this run on all machines. Where there is only one, nothing here does anything."""
 
-    def __init__(self):  # nothing is connected yet
-        """Read what the launcher says."""
-        counts = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1}  # among all, from 0; on this machine; how many in all
-        self.rank, self.local, self.size = (int(os.environ.get(name) or counts[name]) for name in counts)  # or one
-        self.node, self.name = self.rank - self.local, f"rank {self.rank} on {socket.gethostname()}"  # its first rank
-        self.store = self.group = self.probe = None  # made by meet() and connect()
-        self.over, self.leaving = threading.Event(), threading.Lock()  # this rank ends by itself; one thread ends it
-        self.tried, self.deadline = False, math.inf  # has begun to connect; a time when that has taken too long
-
-    def meet(self, seconds):  # needs the environment variables of the launcher
-        """Find the store within some seconds, and begin to listen. Raises: ValueError, RuntimeError."""
-        import torch.distributed as dist  # two seconds
-
-        if not self.store:  # the first time
-            self.store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))  # MASTER_ADDR, …
-            self.news = self.store.clone()  # a connection of its own: the other one may be busy waiting
-            self.listener = threading.Thread(target=self.listen, daemon=True)  # ends with this process
-            self.listener.start()  # from here on others can end us
+    def __init__(self):  # reads what the launcher says
+        self.rank = int(os.environ.get("RANK") or 0)  # among all processes, from 0
+        self.local = int(os.environ.get("LOCAL_RANK") or 0)  # among those of this machine: 0 speaks for the machine
+        self.size = int(os.environ.get("WORLD_SIZE") or 1)  # how many processes there are
+        self.machine = self.rank - self.local  # a machine is known by the rank of its first process
+        self.name = f"rank {self.rank} on {socket.gethostname()}"  # in sentences
+        self.store = self.group = self.said = None  # where all meet; what wait() needs; what this rank has failed with
+        self.tried, self.limit = False, 30  # has begun to look for the store; seconds in which all hear of a failure
+        self.over = threading.Event()  # set when it has ended well, or is being ended: no news matter any more
 
     def connect(self, args, plan):  # before any work, and before a device is touched
-        """Make the process group, once all machines are known to do the same in the same directory.
-
-        Args: plan (argparse.Namespace): the fields of TrainingArguments, which cannot be made without a group.
-        """
+        """Compare all machines, then make the process group. plan (Namespace): the fields of TrainingArguments."""
         import torch.distributed as dist  # has been imported by the Trainer's arguments
+        from accelerate import PartialState  # likewise
 
-        self.tried = True  # what fails now fails on all ranks
-        lost = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]  # by
-        if lost:  # each process would train on its own, all of them into one output_dir
-            fail(f"WORLD_SIZE is {self.size}, but {', '.join(lost)} is not set: start several processes with "  # what
-                 "accelerate launch, or unset WORLD_SIZE for a single one")  # two ways on
-        cpu = plan.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # here; at the launcher
-        backend = plan.ddp_backend or ("gloo" if cpu else "cpu:gloo,cuda:nccl")  # one for each kind of tensor
+        self.tried = True  # a failure from here on is no reason to look for the others once more
+        for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # what launchers set beside WORLD_SIZE
+            if name not in os.environ:  # each process would train on its own, all of them into one output_dir
+                fail(f"WORLD_SIZE is {self.size}, but {name} is not set: start several processes with "  # one way on
+                     "accelerate launch, or unset WORLD_SIZE for a single one")  # the other one
         own = ("given", "trainer_argv", "cache_dir", "preprocessing_num_workers")  # may differ between machines
-        facts = {f"--{name}": value for name, value in (vars(args) | vars(plan)).items() if name not in own}  # all else
+        facts = {f"--{name}": value for name, value in (vars(args) | vars(plan)).items() if name not in own}  # flags
         facts |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}  # may round …
         facts |= {"main.py": sha256(__file__)[:12], "Python": platform.python_version()}  # … or count differently
         facts["WORLD_SIZE"] = self.size  # of the launcher
-        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate gives each machine as many, so a difference is …
-            facts["processes a machine (--num_processes)"] = os.environ.get("LOCAL_WORLD_SIZE")  # … a slip
-        seconds = plan.ddp_timeout  # accelerate would not heed it on the CPU
+        if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate gives each machine as many, torchrun need not
+            facts["processes a machine (--num_processes)"] = os.environ.get("LOCAL_WORLD_SIZE")  # a slip in one total
+        cpu = plan.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # asked for by the launcher
         try:  # some rank may never come
-            self.meet(seconds)  # the launchers have met there already
+            self.meet(plan.ddp_timeout)  # the launchers have met there already
             self.compare("plan", facts)  # before unequal versions have to talk to each other
-            self.share(args)  # every rank writes a part of each checkpoint
-            self.deadline = time.time() + 2 * seconds  # for the two groups, should torch not keep to its own limits
-            place = {"store": self.store, "rank": self.rank, "world_size": self.size}  # this process among all
-            dist.init_process_group(backend, **place, timeout=timedelta(seconds=seconds))  # for training
-            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for wait()
-            self.deadline = math.inf  # connected: from now on a lost rank is noticed
+            PartialState(cpu, backend=plan.ddp_backend, timeout=timedelta(seconds=plan.ddp_timeout))  # makes the group
+            self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # a more patient one, for wait()
+            self.limit = 6  # from here on all look every second
         except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
             place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # where all meet
-            words = f"within --ddp_timeout {seconds} ({' '.join(str(error).split())})"  # which did not come, or why not
+            words = f"within --ddp_timeout {plan.ddp_timeout} ({' '.join(str(error).split())})"  # in torch's own words
             fail(f"{self.size} processes could not connect at {place} {words}", 1)  # a wrong address, a firewall
-        self.clean()  # all have seen it
+        atexit.register(dist.destroy_process_group)  # its threads must not see Python shut down
+        if not args.evaluate_only:  # there will be checkpoints, and every rank writes a part of each
+            self.share(args.output_dir)  # into the same directory
+
+    def meet(self, seconds):  # at MASTER_ADDR
+        """Find the store within some seconds, and begin to watch it. Raises: ValueError, RuntimeError."""
+        import torch.distributed as dist  # two seconds
+
+        self.store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))  # the launcher's, or ours
+        second = self.store.clone()  # another connection to it, as the first one may be busy waiting
+        threading.Thread(target=self.watch, args=(second, time.time() + 2 * seconds)).start()  # now others can end us
 
     def compare(self, what, facts):  # the plan, the data
         """End the run unless the first rank of this machine has the same facts (a dict) as rank 0."""
+        self.wait()  # rank 0 may still be downloading its model, and the store waits for --ddp_timeout only
         if self.size == 1 or self.local:  # the others of a machine have the same launcher and files
-            return  # and need not wait
+            return  # and need not look
         facts = json.loads(json.dumps(facts, default=str))  # as they will arrive elsewhere
         if self.rank == 0:  # sets the example
             self.store.set(what, json.dumps([self.name, facts]))  # a few kB
@@ -344,90 +343,69 @@ class Ranks:  # made by accelerate launch or torchrun
         if other:  # training would hang, or mean nothing
             fail(f"{self.name} differs from {name}: {'; '.join(other)}. All machines need the same")  # command, files
 
-    def share(self, args):  # each machine may have its own directory of that name
-        """End the run unless every machine sees a file that rank 0 makes in output_dir."""
-        if args.evaluate_only or self.local:  # no checkpoints; one a machine looks
-            return  # whatever the directory
+    def share(self, folder):  # each machine may have a directory of that name for itself
+        """End the run unless every machine sees a file that rank 0 makes in folder for a moment."""
+        path = os.path.join(folder, f".probe-{os.environ['MASTER_PORT']}")  # no other run's
         if self.rank == 0:  # it writes most of a checkpoint
-            self.probe = os.path.join(args.output_dir, f".probe-{os.urandom(8).hex()}")  # is found nowhere else
-            open(self.probe, "x").close()  # empty: fits on a full disk, too
-            self.store.set("probe", os.path.basename(self.probe))  # now look
-        path = os.path.join(args.output_dir, self.store.get("probe").decode())  # waits for rank 0
-        if not any(os.path.exists(path) or time.sleep(0.5) for _ in range(20)):  # NFS may take seconds to show it
-            fail(f"{self.name} does not see what rank 0 writes in --output_dir {args.output_dir}: it has to "  # as
-                 "be on storage that all machines share")  # such as NFS
+            open(path, "w").close()  # empty: fits on a full disk, too
+        self.wait()  # it is there
+        until = time.time() + 10  # network storage may take seconds to show it
+        while not (seen := os.path.exists(path)) and time.time() < until:  # usually at once
+            time.sleep(0.5)  # and look again
+        self.wait()  # all have looked
+        if self.rank == 0:  # whose file it is
+            os.remove(path)  # the directory is as it was
+        if not seen and not self.local:  # one rank speaks for the machine
+            fail(f"{self.name} does not see what rank 0 writes in --output_dir {folder}: "  # but its own directory
+                 "it has to be on storage that all machines share")  # such as NFS
+        self.wait()  # nobody goes on before all have seen it
 
     def wait(self):  # for hours, if need be: what takes long is data and downloads
         """Wait until all ranks are here. Raises: RuntimeError when one of them is lost."""
         if self.group:  # several processes
-            import torch.distributed as dist  # imported already
+            self.group.barrier().wait()  # on the CPU, with that group's patience
 
-            dist.barrier(group=self.group)  # on the CPU, with that group's limit
-
-    def listen(self):  # in a thread, as the main one may be waiting in torch
-        """End this rank when another one has ended, when the store is gone, or when connecting takes too long."""
-        while not self.over.wait(1):  # every second, until this rank ends by itself
-            try:  # the store ends with the main machine
-                ended, why = self.news.check(["ended"]), "no connection within twice --ddp_timeout"  # read by whoever
-                patience = 2  # seconds
-            except RuntimeError:  # no answer
-                ended, why, patience = True, f"the connection to {os.environ['MASTER_ADDR']} is lost", 30  # torch knows
-            if (ended or time.time() > self.deadline) and not self.over.wait(patience):  # may be ending by itself
-                with self.leaving:  # the main thread may not speak of a lost connection while this one waits
-                    self.leave(1, why)  # the first reason counts
-
-    def leave(self, status, why):  # from either thread
-        """Note why the run ends, unless another rank has; wait until all know; exit, whatever else is going on."""
-        self.status = status  # unless another rank has ended first
-        thread = threading.Thread(target=self.tell, args=(why,), daemon=True)  # a cut network may hold it for ever
-        thread.start()  # beside this one …
-        thread.join(6 if self.group else 30)  # … which waits no longer: others look every second, once they can
-        self.clean()  # no trace is left
-        os._exit(self.status)  # at once: Python's own exit might wait for a lost rank
-
-    def tell(self, said):  # one reason for all
-        """Say on every machine what was noted first, and wait until all ranks know it."""
-        with contextlib.suppress(Exception):  # the store may be lost: then there is nobody to tell
-            if not self.tried:  # a wrong flag, or a file that only this machine lacks
-                self.meet(30)  # the others are about to connect
-            why = said if said.startswith(self.name) else f"{self.name}: {said}"  # who ended it
-            mine = json.dumps([self.status, self.node, why])  # for whoever looks
-            self.status, node, words = json.loads(self.news.compare_set("ended", "", mine))  # mine, or what was there
-            if node != self.node and not self.local and said not in words:  # its own machine has read it already
-                print(f"\nmain.py: error: {words}", file=sys.stderr, flush=True)  # once on each of the others
-            self.news.add("told", 1)  # this rank knows …
-            while self.news.add("told", 0) < self.size:  # … others do not
-                time.sleep(0.1)  # soon
-            time.sleep(0 if self.node else 0.5)  # the store ends with the ranks of the main machine: they leave last
-
-    def clean(self):  # when all have seen the file, or nobody will
-        """Remove the file that share() made."""
-        if self.probe and os.path.exists(self.probe):  # on rank 0
-            os.remove(self.probe)  # output_dir is as it was
-
-    @contextlib.contextmanager  # one end for every way there
-    def together(self):  # around everything
-        """Let all ranks end together: after a success without the group, after a failure with its sentence."""
-        try:  # main()
-            yield  # hours
+    def run(self, main):  # around everything
+        """Call main(). What ends one of several processes with an error ends all, each machine with its sentence."""
+        try:  # anything may fail
+            main()  # hours
             self.wait()  # for what rank 0 saves last
+            self.over.set()  # ends the thread, for which Python would wait
         except BaseException as error:  # also SystemExit, which fail() raises
             status = (error.code or 0) if isinstance(error, SystemExit) else 1  # what fail() was given
             if self.size == 1 or not status:  # one process, or --help
                 raise  # as Python does it
-            self.over.set()  # no need to listen any more
-            self.leaving.acquire()  # unless the listener has begun to leave: then this waits until it has
             for number_ in (signal.SIGTERM, signal.SIGINT):  # the launcher ends the others of this machine
                 signal.signal(number_, lambda *_: os._exit(status))  # nothing is left to do here
-            if not isinstance(error, SystemExit):  # nobody has explained it
+            if not isinstance(error, SystemExit) and not self.over.is_set():  # nobody has explained it
                 sys.excepthook(type(error), error, error.__traceback__)  # as Python would print it
-            self.leave(status, getattr(error, "sentence", f"{type(error).__name__}: {error}"))  # does not come back
-        if self.group:  # all are done
-            import torch.distributed as dist  # imported already
+            self.said = getattr(error, "sentence", f"{type(error).__name__}: {error}")  # for the other machines
+            threading.Timer(self.limit, os._exit, [status]).start()  # at the latest: a cut network may hold this thread
+            with contextlib.suppress(Exception):  # nobody can be told
+                if not self.tried:  # a wrong flag, or a file that only this machine lacks
+                    self.meet(self.limit)  # the others are about to come
+                self.store.compare_set("end", "", json.dumps([status, self.machine, self.name, self.said]))  # if first
+                time.sleep(60)  # the thread will find it, as on all ranks, and end this process
+            os._exit(status)  # at once: Python's own exit might wait for a lost rank
 
-            self.over.set()  # no news is expected
-            self.listener.join()  # a thread that wakes up while Python shuts down would abort it
-            dist.destroy_process_group()  # all groups: their threads, too, must not see the shutdown
+    def watch(self, store, deadline):  # in a thread, as the main one may be waiting in torch
+        """End this process when any rank has ended with an error, or the store, or without a group at the deadline."""
+        end, patience = [1, None, self.name, "no connection to the other processes"], 30  # if there is no store, …
+        with contextlib.suppress(RuntimeError):  # … of which torch may know more in half a minute
+            while not store.check(["end"]) and (self.group or time.time() < deadline):  # all is well
+                if self.over.wait(1):  # a second, or until this rank has ended
+                    return  # well
+            end, patience = json.loads(store.compare_set("end", "", json.dumps(end))), 2  # the first one counts
+        if self.over.wait(patience):  # this rank may just be ending, too
+            return  # well
+        self.over.set()  # the main thread need not speak of lost connections any more
+        status, machine, name, sentence = end  # of the rank that was the first
+        if machine != self.machine and not self.local and sentence != self.said:  # it was not said on this machine
+            print(f"\nmain.py: error: {name}: {sentence.removeprefix(name + ' ')}", file=sys.stderr, flush=True)  # once
+        with contextlib.suppress(RuntimeError):  # a rank is lost, or the store
+            store.set(f"{self.rank} knows", "")  # but the store may end with this process, and a launcher ends others
+            store.wait([f"{rank} knows" for rank in range(self.size)], timedelta(seconds=self.limit))  # so all wait
+        os._exit(status)  # the same on all ranks
 
 
 RANKS = Ranks()  # of this run
@@ -1628,5 +1606,4 @@ def main(argv=None):  # the table of contents
 
 
 if __name__ == "__main__":  # imported by tests, which call the functions above
-    with RANKS.together():  # what ends one of several processes ends all
-        main()  # python main.py, accelerate launch main.py
+    RANKS.run(main)  # python main.py, accelerate launch main.py

@@ -10,7 +10,7 @@ set -euo pipefail  # a step that fails ends the script
 
 MAIN_NODE_IP=${MAIN_NODE_IP:-192.168.1.100}  # the address of the machine with rank 0, as the others see it
 MAIN_PORT=${MAIN_PORT:-29500}  # where it listens for them; open in its firewall
-NUM_MACHINES=${NUM_MACHINES:-2}  # ranks 0 and 1
+NUM_MACHINES=${NUM_MACHINES:-2}  # they have the ranks 0, 1, and so on
 GPUS=${GPUS:-2,3}  # of this machine: leaves 0 and 1 to others
 TOTAL_GPUS=${TOTAL_GPUS:-4}  # of all machines together: one process each
 OUTPUT_DIR=${OUTPUT_DIR:-/shared/outputs/gemma-270m}  # on storage that all machines share
@@ -64,9 +64,9 @@ import time  # for NODE_WAIT
 
 sys.path.pop(0)  # a torch.py in the current directory is not imported
 numbers = ("NODE", "NUM_MACHINES", "NODE_WAIT", "MAIN_PORT")  # of the settings
-rank, machines, limit, port = (int(os.environ[key]) for key in numbers)  # checked below
+rank, machines, limit, port = (int(os.environ[key]) for key in numbers)  # check() has seen that they are numbers
 address, retries = os.environ["MAIN_NODE_IP"], os.environ.pop("MAX_RETRIES")  # the main machine's; this one's
-facts = {key: os.environ[key] for key in ("NUM_MACHINES", "TOTAL_GPUS", "DEVICE")}  # the same on all machines
+facts = {key: os.environ[key] for key in ("NUM_MACHINES", "TOTAL_GPUS", "DEVICE")}  # have to be equal everywhere
 HELLO = b"multinode_train.sh\n"  # what the main machine says first; any other listener stays silent or says more
 clock = {"end": time.monotonic() + limit, "said": time.monotonic() - 8}  # when to give up; when it last said so
 
@@ -76,13 +76,13 @@ def say(words):  # stderr, as main.py's progress on stdout may be read by a prog
     print(f"multinode_train.sh: {words}", file=sys.stderr, flush=True)  # at once
 
 
-def stop(words):  # as the shell's stop
+def stop(words):  # does here what stop() does in the shell
     """End with a sentence and the status of a wrong call."""
-    say(words)  # what to do
-    sys.exit(2)  # is not tried again
+    say(words)  # they name the next step
+    sys.exit(2)  # with this status MAX_RETRIES does not try again
 
 
-def reason(error):  # an OSError
+def reason(error):  # of an OSError, for the sentences below
     """Return the system's own words, without Python's."""
     return (error.strerror or str(error)).split(" (")[0]  # such as Connection refused
 
@@ -90,122 +90,124 @@ def reason(error):  # an OSError
 def patience(words):  # called about once a second
     """Say what is missing, once every ten seconds; give up after NODE_WAIT seconds."""
     now = time.monotonic()  # unlike the clock on the wall it is never put right
-    if now > clock["end"]:  # long enough
-        stop(f"given up after NODE_WAIT={limit} s: {words}")  # the last state
+    if now > clock["end"]:  # nobody comes any more
+        stop(f"given up after NODE_WAIT={limit} s: {words}")  # what was missing to the end
     if now >= clock["said"] + 10:  # first after two
         say(f"waiting: {words} ({clock['end'] - now:.0f} s left)")  # so that nobody wonders
         clock["said"] = now  # again in ten seconds
 
 
-def wrong(theirs, place, here):  # of one machine
+def wrong(theirs, place, here):  # looks at what one machine says of itself
     """Return what is wrong with a machine, a sentence or None. here (dict): the addresses of those that came before."""
     if theirs["rank"] in here and here[theirs["rank"]] != place:  # on the same machine it is only a new start
-        return f"{place} and {here[theirs['rank']]} both have rank {theirs['rank']}: give each machine its own"  # where
-    differ = [f"{key} is {theirs.get(key)} at {place} and {facts[key]} on the main machine"  # there; here
+        both = f"{place} and {here[theirs['rank']]}"  # the addresses of the two machines
+        return f"{both} both have rank {theirs['rank']}: give each machine its own"  # run_node1.sh was started on both
+    differ = [f"{key} is {theirs.get(key)} at {place} and {facts[key]} on the main machine"  # both values
               for key in facts if theirs.get(key) != facts[key]]  # GPUs here and CPUs there cannot train together
-    return "; ".join(differ) + ": make them the same on all machines" if differ else None  # all at once
+    return "; ".join(differ) + ": make them the same on all machines" if differ else None  # all of them in one sentence
 
 
-def host():  # rank 0
+def host():  # on the main machine
     """Wait until all other machines have come, and let all begin. Returns: this machine's address."""
-    try:  # any port will do
+    try:  # to listen at the address, on any free port
         socket.create_server((address, 0)).close()  # works with own addresses only
     except OSError as error:  # of another machine, or a name that nobody knows
-        stop(f"MAIN_NODE_IP={address} is no address of this machine ({reason(error)}), which has rank 0: start "  # so
-             "run_node0.sh on the machine that has it, or set MAIN_NODE_IP on all to one of `hostname -I`")  # here
-    try:  # as the launcher will
-        server = socket.create_server(("", port))  # at all addresses
+        fault = f"is no address of this machine ({reason(error)}), which has rank 0"  # as run_node0.sh was started
+        stop(f"MAIN_NODE_IP={address} {fault}: start run_node0.sh on the machine that has it, "  # one way on
+             "or set MAIN_NODE_IP on all to one of `hostname -I`")  # the other one
+    try:  # to listen where the launcher will listen afterwards
+        server = socket.create_server(("", port))  # at all addresses of this machine
     except OSError as error:  # also that of a run that has not ended
-        stop(f"MAIN_PORT={port} cannot be used here ({reason(error)}): end what listens there (`ss -tlnp`), "  # or
-             "or set another MAIN_PORT on all machines")  # two ways on
+        stop(f"MAIN_PORT={port} cannot be used here ({reason(error)}): "  # most often it is in use
+             "end what listens there (`ss -tlnp`), or set another MAIN_PORT on all machines")  # two ways on
     peers, here = {}, {}  # connections and addresses, by rank
-    while len(peers) < machines - 1:  # some are missing
+    while len(peers) < machines - 1:  # until nobody is missing
         for ready in select.select([server, *peers.values()], [], [], 1)[0]:  # whoever has something to say
             if ready is not server:  # those that wait have nothing to say: it is gone
-                peers = {key: peer for key, peer in peers.items() if peer is not ready}  # waited for again
-                continue  # its address is kept
-            peer, (place, _) = server.accept()  # somebody new
+                peers = {key: peer for key, peer in peers.items() if peer is not ready}  # wait for it again
+                continue  # its address stays known, so that another machine with its rank is noticed
+            peer, (place, _) = server.accept()  # a connection and where it comes from
             try:  # perhaps a port scanner, or verify_setup.sh
-                peer.settimeout(5)  # it may say nothing
-                peer.sendall(HELLO)  # the sign to speak
-                theirs = json.loads(peer.recv(4096))  # one small message
-                sentence = wrong(theirs, place, here)  # usually None
-            except (OSError, ValueError, KeyError, TypeError):  # not one of us
-                continue  # nobody has come
-            if sentence:  # the same words for all
-                for other in (peer, *peers.values()):  # also those that are right
-                    other.sendall(sentence.encode())  # they end, too
-                stop(sentence)  # here
-            peers[theirs["rank"]], here[theirs["rank"]] = peer, place  # welcome
-        missing = [str(key) for key in range(1, machines) if key not in peers]  # ranks
-        if missing:  # else no need to wait
-            patience(f"rank {', '.join(missing)} has not come to {address}:{port}; start run_node1.sh there, "  # with
-                     "with this MAIN_NODE_IP and MAIN_PORT")  # or find out why it cannot reach this machine
-    for peer in peers.values():  # all are here
-        peer.sendall(b"go")  # and know it now
+                peer.settimeout(5)  # seconds for the next two lines, as it may say nothing
+                peer.sendall(HELLO)  # asks it to say who it is
+                theirs = json.loads(peer.recv(4096))  # its facts and its rank, 100 bytes
+                sentence = wrong(theirs, place, here)  # None for a machine that belongs here
+            except (OSError, ValueError, KeyError, TypeError):  # it does not speak as join() does
+                continue  # as if nobody had come
+            if sentence:  # these machines cannot train together
+                for other in (peer, *peers.values()):  # also those with nothing wrong
+                    other.sendall(sentence.encode())  # each says it, and ends
+                stop(sentence)  # this machine as well
+            peers[theirs["rank"]], here[theirs["rank"]] = peer, place  # one machine fewer to wait for
+        missing = [str(key) for key in range(1, machines) if key not in peers]  # the ranks of the others
+        if missing:  # the user shall know which
+            patience(f"rank {', '.join(missing)} has not come to {address}:{port}; "  # after a while:
+                     "start run_node1.sh there, with this MAIN_NODE_IP and MAIN_PORT")  # or open the firewall
+    for peer in peers.values():  # all machines are here
+        peer.sendall(b"go")  # ends the waiting in join()
     server.close()  # the launcher takes the port over
-    return socket.gethostbyname(address)  # a name is allowed
+    return socket.gethostbyname(address)  # MAIN_NODE_IP may also be a name
 
 
-def join():  # the other ranks
+def join():  # on the other machines
     """Wait until the main machine says that all are here. Returns: this machine's address, as seen from there."""
-    while True:  # until NODE_WAIT
-        state = "cannot be reached"  # so far
-        try:  # it may not be up yet
-            with socket.create_connection((address, port), 5) as peer:  # a firewall may swallow this
-                state = "is in use by something else than multinode_train.sh"  # so far
+    while True:  # ends with the sign to go, or in patience() after NODE_WAIT seconds
+        state = "cannot be reached"  # holds unless the next line succeeds
+        try:  # the main machine may not be up yet
+            with socket.create_connection((address, port), 5) as peer:  # 5 seconds: a firewall may just swallow it
+                state = "is in use by something else than multinode_train.sh"  # holds unless it says HELLO
                 if peer.recv(100) != HELLO:  # a silent one ends in a TimeoutError; nothing was sent to it
-                    raise OSError("a wrong answer")  # handled below
-                peer.sendall(json.dumps(facts | {"rank": rank}).encode())  # who we are
+                    raise OSError("a wrong answer")  # is said like the other reasons, below
+                peer.sendall(json.dumps(facts | {"rank": rank}).encode())  # says who we are
                 while not select.select([peer], [], [], 1)[0]:  # a third machine may be late
-                    patience(f"the main machine {address} is there, another one is missing")  # it says which
+                    patience(f"the main machine {address} is there, another one is missing")  # the main one says which
                 answer = peer.recv(4096).decode()  # empty when it has ended
-                if answer == "go":  # all are here
+                if answer == "go":  # all machines are here
                     return peer.getsockname()[0]  # of the network that leads there
-                if answer:  # settings differ
-                    stop(answer)  # its words
+                if answer:  # it has found something wrong
+                    stop(answer)  # the same sentence on all machines
         except OSError as error:  # refused, no route, unknown name, silence
-            patience(f"{address}:{port} {state} ({reason(error)}); start run_node0.sh there, and check "  # is
-                     "MAIN_NODE_IP, MAIN_PORT and its firewall")  # what is wrong most often
-        time.sleep(1)  # not more often
+            patience(f"{address}:{port} {state} ({reason(error)}); start run_node0.sh there, and check "  # what is
+                     "MAIN_NODE_IP, MAIN_PORT and its firewall")  # wrong most often
+        time.sleep(1)  # before the next try
 
 
-def meet():  # twice
+def meet():  # before torch is loaded, and after
     """Wait for all machines, and choose the network interface for gloo, which would take that of the host name."""
-    own = join() if rank else host()  # an IPv4 address
-    for _, name in socket.if_nameindex():  # eth0, lo, …
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:  # of any kind
+    own = join() if rank else host()  # the IPv4 address of this machine
+    for _, name in socket.if_nameindex():  # network interfaces: eth0, lo, …
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:  # any socket can be asked
             try:  # SIOCGIFADDR, with the name in 40 bytes
-                found = fcntl.ioctl(query, 0x8915, name.encode().ljust(40, b"\0"))[20:24]  # four bytes
+                found = fcntl.ioctl(query, 0x8915, name.encode().ljust(40, b"\0"))[20:24]  # four bytes: its address
             except OSError:  # an interface without an address
-                continue  # the next one
+                continue  # is not the one we look for
         if socket.inet_ntoa(found) == own:  # the one that the others reach
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # yours wins
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # unless you have set it
 
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the waiting without a traceback
-if retries != "0":  # the shell stays in between
+if retries != "0":  # the shell waits for this process, to start it again
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # its death ends the launcher, too (PR_SET_PDEATHSIG)
-if machines > 1:  # in a moment, when all is well
+if machines > 1:  # one machine has nobody to meet
     meet()  # before seconds are spent on loading torch
 from accelerate.commands.launch import main  # what `accelerate launch` calls
 from torch.distributed import DistError  # the launchers lost each other
 from torch.distributed.elastic.multiprocessing.api import SignalException  # SIGTERM, Ctrl-C
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # main.py has failed
 
-if machines > 1:  # loading takes unequally long
+if machines > 1:  # torch loads in 2 seconds here and in 30 there
     meet()  # from here on all go on at the same time
 try:  # starts the processes and watches them
-    main()  # reads sys.argv
+    main()  # with accelerate's arguments, in sys.argv
 except ChildFailedError as error:  # its traceback is about the launcher, not about main.py
-    number, failure = error.get_first_failure()  # of this machine
+    number, failure = error.get_first_failure()  # the first of this machine's processes to fail
     say(f"rank {number} ended with {'signal' if failure.exitcode < 0 else 'status'} {abs(failure.exitcode)}")  # 9: kill
-    sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)  # as the shell counts
+    sys.exit(failure.exitcode if failure.exitcode > 0 else 128 - failure.exitcode)  # signals as in a shell: 137 for 9
 except SignalException as error:  # main.py has saved a checkpoint
-    sys.exit(128 + error.sigval)  # 143, 130
+    sys.exit(128 + error.sigval)  # 143 after SIGTERM, 130 after Ctrl-C
 except DistError as error:  # between the meeting and the start of main.py
-    say(f"the launchers lost each other: {' '.join(str(error).split())[:300]}")  # torch's words
-    sys.exit(1)  # may be tried again
+    say(f"the launchers lost each other: {' '.join(str(error).split())[:300]}")  # torch's own words
+    sys.exit(1)  # a status that MAX_RETRIES tries again
 PYTHON
 }
 
@@ -213,59 +215,61 @@ PYTHON
 
 stop() {  # the end of every wrong call
     echo "multinode_train.sh: $1" >&2  # one sentence that says what to do
-    exit 2  # as main.py does
+    exit 2  # the status that main.py has for it, too
 }
 
 check() {  # what this machine can tell by itself
-    local name listed gpu count each  # numbers are given as text
-    for name in MAIN_PORT NUM_MACHINES TOTAL_GPUS NODE_WAIT MAX_RETRIES; do  # counted with
-        [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || stop "$name is a number, not '${!name}'"  # 08 would be octal
+    local name listed gpu count each needed advice  # names that only this function uses
+    for name in MAIN_PORT NUM_MACHINES TOTAL_GPUS NODE_WAIT MAX_RETRIES; do  # the settings that are numbers
+        [[ ${!name} =~ ^(0|[1-9][0-9]{0,8})$ ]] || stop "$name is a number, not '${!name}'"  # 08 is octal to bash
     done
-    [[ $NODE =~ ^(0|[1-9][0-9]{0,8})$ ]] || stop "the rank is a number, 0 on the main machine, not '$NODE'"  # forgotten
-    ((NODE < NUM_MACHINES)) || stop "rank $NODE needs NUM_MACHINES=$((NODE + 1)) or more, on every machine"  # from 0 on
+    [[ $NODE =~ ^(0|[1-9][0-9]{0,8})$ ]] ||  # it was forgotten, and a flag of main.py stands in its place
+        stop "the rank is a number, 0 on the main machine, not '$NODE'"  # the guide says so, too
+    ((NODE < NUM_MACHINES)) ||  # ranks count from 0
+        stop "rank $NODE needs NUM_MACHINES=$((NODE + 1)) or more, on every machine"  # else the others would not wait
     ((TOTAL_GPUS > 0 && TOTAL_GPUS % NUM_MACHINES == 0)) ||  # or accelerate would silently start fewer
-        stop "TOTAL_GPUS=$TOTAL_GPUS cannot be shared evenly by NUM_MACHINES=$NUM_MACHINES"  # its sum over all machines
+        stop "TOTAL_GPUS=$TOTAL_GPUS cannot be shared evenly by NUM_MACHINES=$NUM_MACHINES"  # each starts as many
     each=$((TOTAL_GPUS / NUM_MACHINES))  # processes on this machine
-    [[ $GPUS =~ ^[A-Za-z0-9/-]+(,[A-Za-z0-9/-]+)*$ ]] || stop "GPUS is a list such as 2,3, not '$GPUS'"  # spaces?
+    [[ $GPUS =~ ^[A-Za-z0-9/-]+(,[A-Za-z0-9/-]+)*$ ]] || stop "GPUS is a list such as 2,3, not '$GPUS'"  # no spaces
 
     listed=$(nvidia-smi -L 2>/dev/null) || listed=""  # a line for each GPU, and for each part of one (MIG)
-    count=$(grep -c '^GPU ' <<<"$listed") || DEVICE=CPU  # none
+    count=$(grep -c '^GPU ' <<<"$listed") || DEVICE=CPU  # grep fails when it counts none
     if [ "$DEVICE" = CPU ]; then  # to try it out, and for tests
-        echo "multinode_train.sh: no GPU here: $each of the $TOTAL_GPUS processes train on this CPU" >&2  # a notice
+        echo "multinode_train.sh: no GPU here: $each of the $TOTAL_GPUS processes train on this CPU" >&2  # slowly
     else  # what is asked for must be there
         for gpu in ${GPUS//,/ }; do  # numbers, or names such as GPU-8d7d…
-            if [[ $gpu =~ ^[0-9]+$ ]] && ((10#$gpu < count)) || grep -q -- "UUID: $gpu" <<<"$listed"; then  # from 0 on
-                continue  # it is
+            if [[ $gpu =~ ^[0-9]+$ ]] && ((10#$gpu < count)) || grep -q -- "UUID: $gpu" <<<"$listed"; then  # exists
+                continue  # to the next of GPUS
             fi
-            stop "GPUS=$GPUS: there is no GPU $gpu among the $count here; \`nvidia-smi -L\` lists them"  # one too high
+            stop "GPUS=$GPUS: there is no GPU $gpu among the $count here; \`nvidia-smi -L\` lists them"  # from 0 on
         done
         gpu=${GPUS//[!,]/}  # one comma fewer than GPUs
-        ((${#gpu} + 1 >= each)) ||  # the second process would find no GPU
-            stop "TOTAL_GPUS=$TOTAL_GPUS over NUM_MACHINES=$NUM_MACHINES are $each here: GPUS=$GPUS lists fewer"  # so
+        needed="TOTAL_GPUS=$TOTAL_GPUS over NUM_MACHINES=$NUM_MACHINES are $each here"  # one GPU for each process
+        ((${#gpu} + 1 >= each)) || stop "$needed: GPUS=$GPUS lists fewer"  # the last process would find none
     fi
 
-    mkdir -p -- "$OUTPUT_DIR" 2>/dev/null || true  # perhaps there already
-    [ -w "$OUTPUT_DIR" ] ||  # every process writes a part of a checkpoint
-        stop "OUTPUT_DIR=$OUTPUT_DIR cannot be written: mount the shared storage, or choose another directory"  # yet
+    mkdir -p -- "$OUTPUT_DIR" 2>/dev/null || true  # the next line finds out whether it is there
+    advice="mount the shared storage, or choose another directory"  # every process writes a part of a checkpoint
+    [ -w "$OUTPUT_DIR" ] || stop "OUTPUT_DIR=$OUTPUT_DIR cannot be written: $advice"  # hours before the first one
 }
 
 launch() {  # this machine's part of the training
-    NODE=$1 DEVICE=GPU  # 0 is the main machine
+    NODE=$1 DEVICE=GPU  # the rank of this machine; check() may find that it has no GPU
     shift  # what is left are flags of main.py
-    (($# == 0)) || training=("$@")  # yours instead of the example
+    (($# == 0)) || training=("$@")  # the flags that were given instead of the example
     check  # ends with a sentence unless all is well
 
-    local here status tries  # where main.py is; how it ended, how often
+    local here status tries again  # where main.py is; how it ended, how often; what is said then
     here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)  # in full, whatever directory calls
     [ ! -x "$here/.venv/bin/python" ] || export PATH="$here/.venv/bin:$PATH"  # made by the quickstart or the tests
     export CUDA_VISIBLE_DEVICES=$GPUS  # the processes see them as 0, 1, …; without GPUs they train on the CPU
     export NODE DEVICE MAIN_NODE_IP MAIN_PORT NUM_MACHINES TOTAL_GPUS NODE_WAIT MAX_RETRIES  # for the program above
-    training+=(--output_dir "$OUTPUT_DIR")  # the last one counts
+    training+=(--output_dir "$OUTPUT_DIR")  # given twice, the last one counts
     if ((TOTAL_GPUS == 1)); then  # a launcher around a single process would keep signals from it
-        exec python "$here/main.py" "${training[@]}"  # no shell stays in between
+        exec python "$here/main.py" "${training[@]}"  # gets the signals itself, in the place of this shell
     fi
     local command=(python -c "$(program)"  # in the place of: accelerate launch
-        --num_machines "$NUM_MACHINES" --num_processes "$TOTAL_GPUS" --machine_rank "$NODE"  # all of them
+        --num_machines "$NUM_MACHINES" --num_processes "$TOTAL_GPUS" --machine_rank "$NODE"  # of all machines together
         --main_process_ip "$MAIN_NODE_IP" --main_process_port "$MAIN_PORT" --rdzv_conf timeout=60  # where all meet
         --multi_gpu --mixed_precision no --dynamo_backend no  # also without GPUs; main.py's own --bf16 decides
         "$here/main.py" "${training[@]}"  # the same on every machine
@@ -277,18 +281,19 @@ launch() {  # this machine's part of the training
     trap 'stopped=143; kill -TERM "$launcher" 2>/dev/null || true' TERM INT  # it saves a checkpoint and ends
     for ((tries = 0; ; tries++)); do  # until it is done, or hopeless
         "${command[@]}" &  # beside this shell, which has to hear signals
-        launcher=$!  # for the trap
+        launcher=$!  # the process that the trap above signals
         while status=0; wait "$launcher" || status=$?; kill -0 "$launcher" 2>/dev/null; do :; done  # a signal ends wait
         case $stopped$status in  # 2: a wrong call; 130, 143: stopped here or on another machine
             0 | 2 | 130 | 143*) exit "${stopped:-$status}" ;;  # going on is not asked for, or would not help
         esac
-        ((tries < MAX_RETRIES)) || exit "$status"  # enough
-        echo "multinode_train.sh: status $status; retry $((tries + 1)) of MAX_RETRIES=$MAX_RETRIES" >&2  # joins in again
+        ((tries < MAX_RETRIES)) || exit "$status"  # tried often enough
+        again="joining in again, $((tries + 1)) of MAX_RETRIES=$MAX_RETRIES"  # the others do the same
+        echo "multinode_train.sh: status $status; $again" >&2  # then training goes on from the last checkpoint
     done
 }
 
-if (($# == 0)); then  # nothing said
-    guide  # what there is to say
-else  # a rank, and perhaps flags
-    launch "$@"  # does not come back
+if (($# == 0)); then  # called without a rank
+    guide  # tells how to call it
+else  # a rank, and perhaps flags of main.py
+    launch "$@"  # ends this script with the status of the training
 fi
