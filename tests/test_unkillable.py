@@ -420,4 +420,4 @@ def test_a_launcher_of_one_process_takes_it_along(plain, tmp_path):
         if not Path("/proc", trainer).exists():
             break
         time.sleep(0.1)
-    assert not Path("/proc", trainer).exists() and "stopped by SIGTERM at step" in said
+    assert not Path("/proc", trainer).exists() and "stopped by the loss of a launcher at step" in said
