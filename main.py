@@ -51,8 +51,9 @@ PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by a part of the device
     "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A40": 149.7, "L40S": 362, "L4": 121,  # server
     "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "V100": 125,  # desktop; the first name that fits counts
 }
-LOSS_MEMORY = {"cuda": 2.2e9, "cpu": 0.54e9}  # bytes for the logits of a chunk: 4,096, or 1,024, tokens in 16 bits
-SOFTMAX_ROWS = 128  # tokens of a chunk that go through the softmax at a time, in float32: 0.13 GB
+LOSS_MEMORY = {"cuda": 2.2e9, "cpu": 0.2e9}  # bytes for the logits of a chunk: of 4,096, or 380, tokens in 16 bits
+SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens of a chunk in float32 at a time: 0.3 GB, or what the C library reuses
+VOCABULARY_PART = 32_768  # words that are multiplied at a time: an eighth of Gemma's, 42 MB in 16 bits
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
     "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double "  # fewer activations at a time …
@@ -1052,49 +1053,66 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
     Returns: losses (N,), float32; (N, H) as hidden, or None; (V, H) as weight, or None. The sums are made in float32.
     """
     import torch  # matrix products
-    from torch.nn.functional import linear, log_softmax  # the head; a softmax that is float32 inside
+    from torch.nn.functional import log_softmax  # float32 inside, whatever the dtype of its input
 
-    kind = hidden.device.type  # cuda or cpu
+    kind, (vocabulary, width) = hidden.device.type, weight.shape  # "cuda" or "cpu"; V, H
     mixed = torch.is_autocast_enabled(kind)  # --bf16, --fp16
     dtype = torch.get_autocast_dtype(kind) if mixed else hidden.dtype  # of the products with the vocabulary
     # GradScaler has not scaled these gradients yet, and unscaled they can be too small for float16: float32 instead.
-    precise = torch.float32 if dtype == torch.float16 else dtype  # of the products that make gradients
-    most = LOSS_MEMORY.get(kind, LOSS_MEMORY["cpu"]) / (precise.itemsize * len(weight))  # tokens that fit the memory
+    precise = torch.float32 if dtype == torch.float16 else dtype  # of the logits' gradients and of products with them
+    most = LOSS_MEMORY.get(kind, LOSS_MEMORY["cpu"]) / (precise.itemsize * vocabulary)  # tokens that fit the memory
     rows = math.ceil(len(labels) / math.ceil(len(labels) / max(1, int(most))))  # tokens in a chunk, all nearly equal
+    few = SOFTMAX_ROWS.get(kind, SOFTMAX_ROWS["cpu"])  # tokens of it that go through the softmax at a time
+    size = min(vocabulary, VOCABULARY_PART)  # words that are multiplied at a time
+    parts = [slice(first, min(first + size, vocabulary)) for first in range(0, vocabulary, size)]  # eight, for Gemma
+    cast, made, sums = (weight.new_empty(size, width, dtype=of) for of in (dtype, precise, torch.float32))  # used again
+    head = weight.to(dtype) if kind == "cuda" else weight  # a GPU casts it once, a CPU part by part: 0.3 GB less
     learnt = labels != -100  # (N,): which tokens count
     targets = labels.clamp(min=0)[:, None]  # (N, 1): -100 is no index
     losses = torch.empty(len(labels), dtype=torch.float32, device=labels.device)  # (N,)
     to_hidden = torch.empty_like(hidden) if with_gradients else None  # (N, H)
     to_weight = torch.empty_like(weight, dtype=torch.float32) if with_gradients else None  # (V, H)
 
+    def words(part, wanted):  # (V / 8, H)
+        """Return a part of the head in the wanted dtype."""
+        for matrix in (head, weight):  # one of them may have it
+            if matrix.dtype == wanted:  # then nothing has to be copied
+                return matrix[part]  # a view
+        return cast[: part.stop - part.start].copy_(weight[part])  # valid until the next part
+
     with torch.no_grad(), torch.autocast(kind, enabled=False):  # every dtype is chosen here
-        head = weight.to(dtype)  # (V, H): once for all chunks
-        back = weight.to(precise) if precise != dtype else head  # (V, H): the same, but for fp16
-        for chunk in (slice(first, first + rows) for first in range(0, len(labels), rows)):  # the last may be shorter
-            logits = linear(hidden[chunk].to(dtype), head).to(precise)  # (rows, V): the one large tensor
+        for first in range(0, len(labels), rows):  # a chunk
+            chunk = slice(first, first + rows)  # the last one may be shorter
+            states = hidden[chunk].to(dtype)  # (rows, H)
+            logits = torch.empty(len(states), vocabulary, dtype=precise, device=weight.device)  # the one large tensor
+            for part in parts:  # all words
+                logits[:, part] = states @ words(part, dtype).T  # (rows, V / 8)
             if cap:  # Gemma 2 has 30, Gemma 3 none
                 logits.div_(cap).tanh_().mul_(cap)  # in place
-            few = (tensor.split(SOFTMAX_ROWS) for tensor in (logits, targets[chunk], losses[chunk]))  # views: writable
-            for scores, target, loss in zip(*few, strict=True):  # a few tokens at a time, as float32 takes more memory
+            splits = (tensor.split(few) for tensor in (logits, targets[chunk], losses[chunk]))  # views: writable
+            for scores, target, loss in zip(*splits, strict=True):  # a few tokens at a time: float32 is large
                 logs = log_softmax(scores, -1, dtype=torch.float32)  # log p of every word
                 known = logs.gather(-1, target)  # log p(label), one a token
                 loss.copy_(-known[:, 0])  # in its place in losses
                 if with_gradients:  # d loss / d logit is p − 1 for the label and p for all other words
                     bend = 1 - (scores / cap).square() if cap else None  # the derivative of the tanh is 1 − tanh²
-                    torch.exp(logs, out=scores)  # p, in the place of the logits
+                    scores.copy_(logs.exp_())  # p, in the place of the logits
                     scores.scatter_(-1, target, known.expm1().to(precise))  # p − 1, exact also where p is nearly 1
                     if cap:  # the chain rule
                         scores.mul_(bend)  # through the tanh
 
             if with_gradients:  # logits holds d loss / d logit by now
                 inputs = hidden[chunk].to(precise) * learnt[chunk, None]  # (rows, H): 0 for -100
-                for part, words in zip(to_weight.split(32768), logits.split(32768, dim=1), strict=True):  # an eighth
-                    made = words.T @ inputs  # (V / 8, H): no product as large as all of to_weight
-                    if chunk.start == 0:  # the first chunk: spares filling to_weight with zeros
-                        part.copy_(made)  # in float32
-                    else:  # further ones
-                        part.add_(made)  # summed in float32, whatever the dtype of the products
-                to_hidden[chunk] = (logits @ back) * learnt[chunk, None]  # (rows, H)
+                back = torch.zeros(len(states), width, device=weight.device)  # (rows, H), float32: a sum over the parts
+                for part in parts:  # all words
+                    slope, gradient = logits[:, part], made[: part.stop - part.start]  # (rows, V / 8), (V / 8, H)
+                    back += slope @ words(part, precise)  # d loss / d hidden
+                    torch.mm(slope.T, inputs, out=gradient)  # d loss / d head
+                    if first == 0:  # the first chunk: spares filling to_weight with zeros
+                        to_weight[part].copy_(gradient)  # in float32
+                    else:  # further ones; cast first, as adding 16 to 32 bits takes a CPU four times as long
+                        to_weight[part].add_(sums[: len(gradient)].copy_(gradient))  # summed in float32
+                to_hidden[chunk] = back * learnt[chunk, None]  # in the dtype of hidden
     return losses * learnt, to_hidden, None if to_weight is None else to_weight.to(weight.dtype)  # no logits survive
 
 

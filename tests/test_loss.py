@@ -13,9 +13,10 @@ WIDTH, WORDS = 16, 97
 
 @pytest.fixture
 def short_chunks(monkeypatch):
-    """At most seven tokens at a time, three in the softmax, so that every test has several chunks, and uneven ones."""
+    """At most 7 tokens at a time, 3 in the softmax, 40 words: every test has several chunks and parts, uneven ones."""
     monkeypatch.setitem(main.LOSS_MEMORY, "cpu", 7 * 4 * WORDS + 1)
-    monkeypatch.setattr(main, "SOFTMAX_ROWS", 3)
+    monkeypatch.setitem(main.SOFTMAX_ROWS, "cpu", 3)
+    monkeypatch.setattr(main, "VOCABULARY_PART", 40)
 
 
 def inputs(tokens, dtype=torch.float32, ignored=()):
