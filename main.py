@@ -877,8 +877,9 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 can
         if self.launcher not in (0, os.getppid()):  # the launcher has died, and we were given to another parent
             number_ = signal.SIGKILL  # a failure that nobody has asked for: all ranks shall know
         if self.training and (not self.signal or time.time() - self.since < 3):  # launchers send a second one at once
+            if not self.signal:  # said once
+                os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # print is unsafe here
             self.signal, self.since = number_, self.since or time.time()  # the end of the step will see it
-            os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # print may be interrupted
         else:  # before or after training, or impatience
             self.signal = number_  # kept, as Python ignores an exit inside a destructor: then the first step sees it
             self.leave(number_, "")  # what was saved before is whole
@@ -897,19 +898,29 @@ def claim(output_dir):  # one run per directory
 
     lockf and not flock, because flock's lock is inherited by data loader processes that may outlive this one.
     """
-    file = open(os.path.join(output_dir, ".lock"), "a+", encoding="utf-8")  # not truncated: it names the owner
-    try:  # held by the system, so a run that was killed holds nothing
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # does not wait
-    except OSError as error:  # locked by another process, or a file system without locks
-        if error.errno not in (errno.EACCES, errno.EAGAIN):  # POSIX allows both for "locked"
+    try:  # the disk may be full, the file somebody else's
+        file = open(os.path.join(output_dir, ".lock"), "a+", encoding="utf-8")  # not truncated: it names the owner
+        try:  # held by the system, so a run that was killed holds nothing
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # does not wait
+        except OSError as error:  # locked by another process, or a file system without locks
+            if error.errno in (errno.EACCES, errno.EAGAIN):  # POSIX allows both for "locked"
+                file.seek(0)  # mode a+ begins at the end
+                owner = file.read().strip()  # "process 4711 on node0"
+                fail(f"--output_dir {output_dir} is in use by {owner}: wait for it, or choose another", 1)  # no harm
             say(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")  # old NFS
-            return file  # better without a lock than not at all
-        file.seek(0)  # mode a+ begins at the end
-        owner = file.read().strip()  # "process 4711 on node0"
-        fail(f"--output_dir {output_dir} is in use by {owner}: wait for it, or choose another", 1)  # no harm done
-    file.truncate(0)  # the owner before has ended
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # for the sentence above
+        file.truncate(0)  # the owner before has ended
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # for the sentence above
+    except OSError as error:  # No space left on device, Permission denied
+        fail(f"--output_dir {output_dir} cannot be written ({error.strerror}): make space, or choose another", 1)  # now
     return file  # main() keeps it open
+
+
+def check_claim(lock, output_dir):  # before a save
+    """End the run unless lock, the file of claim(), still lies in output_dir. Ranks other than 0 have None."""
+    path = os.path.join(output_dir, ".lock")  # gone with the directory; another file, if another run has made it anew
+    if lock and not (os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))):  # by its inode
+        fail(f"--output_dir {output_dir} was moved or removed during the run: what was saved before is where "  # it is
+             "it was moved to; put it back, and the same command goes on", 1)  # nothing is written into another's directory
 
 
 def sha256(path):  # 1.8 GB/s: two seconds for a checkpoint of 3.2 GB
@@ -957,33 +968,43 @@ def read_manifest(folder):  # before a checkpoint is trusted
             path = os.path.join(folder, name)  # e.g. optimizer.pt
             if os.path.getsize(path) != size or sha256(path) != digest:  # cut short, or a bit flipped
                 return None, f"{name} is damaged"  # the first one found is reason enough
+        best = manifest["progress"].get("best")  # what --load_best_model_at_end would publish, beside this one
+        if best and best != os.path.basename(folder):  # without it the run could not end as it should
+            fault = read_manifest(os.path.join(os.path.dirname(folder), best))[1]  # as carefully
+            if fault:  # then an older checkpoint, made before it, has to do
+                return None, f"the best one, {best}, cannot be used: {fault}"  # both reasons
     except (OSError, ValueError, KeyError) as error:  # missing, unreadable, not JSON
         return None, " ".join(str(error).split())  # e.g. No such file or directory: …
     return manifest, None  # whole, to the last bit
 
 
 def find_checkpoint(output_dir, chosen):  # what has an earlier call of the same command left?
-    """Find what to go on from: the chosen checkpoint, else the newest whole one. Rank 0 looks and tells the others.
+    """Find what to go on from: what this command has reached since the chosen checkpoint, else the newest whole one.
 
     Checkpoints that are damaged, or that another program made, are renamed to incomplete-checkpoint-N, never deleted.
-    Returns: (path, manifest); path is output_dir itself where the run has finished, and None for a fresh start.
-    Raises: SystemExit(2) when the chosen one is not whole.
+    Returns: (path, manifest); path is output_dir itself where the run has finished, and None for a fresh start. Rank 0
+        looks and tells the others. Raises: SystemExit(2): the chosen one is not whole; a model would be written over.
     """
-    from accelerate import PartialState  # which rank this is
     from accelerate.utils import broadcast_object_list  # rank 0 chooses: two choices would train two different runs
     from transformers.trainer_utils import get_last_checkpoint  # the highest N of checkpoint-N, or None
 
     found = [None, {}]  # a fresh start, unless something is found
-    if PartialState().is_main_process:  # reads every byte, so once is enough
-        for name in os.listdir(output_dir):  # a save, or the removal of an old checkpoint, may have been killed
+    if RANKS.rank == 0:  # reads every byte, so once is enough
+        saving = os.path.isdir(os.path.join(output_dir, ".staging"))  # a save was killed, perhaps the final one
+        for name in os.listdir(output_dir):  # and perhaps the removal of an old checkpoint
             if name.startswith((".staging", ".trash-")):  # half made, or half deleted
                 shutil.rmtree(os.path.join(output_dir, name), ignore_errors=True)  # gives its space back
 
-        path = chosen or output_dir  # a finished run has a manifest in output_dir, written last
+        path = output_dir  # a finished run has a manifest there, written last
         manifest, fault = read_manifest(path)  # reads all of it: 2 seconds for a checkpoint
-        if chosen and fault:  # what the user chose is not replaced by another
-            advice = "leave the flag out to take the newest one"  # that is whole
-            fail(f"--resume_from_checkpoint {path} cannot be used: {fault}; {advice}")  # and nothing was changed
+        if chosen and (fault or manifest.get("chosen") != chosen):  # this command has not finished the run
+            for path in [*reversed(checkpoints(output_dir)), chosen]:  # it may have come further in an earlier call
+                manifest, fault = read_manifest(path)  # the newest first
+                if path == chosen or (manifest and manifest.get("chosen") == chosen):  # the one itself, or made since
+                    break  # others are not looked at
+            if fault:  # what the user chose is not replaced by another
+                advice = "leave the flag out to take the newest one"  # that is whole
+                fail(f"--resume_from_checkpoint {path} cannot be used: {fault}; {advice}")  # and nothing was changed
         while fault and (path := get_last_checkpoint(output_dir)):  # the newest first
             manifest, fault = read_manifest(path)  # most often it is whole, and the loop ends
             if fault:  # then it must no longer be seen as a checkpoint
@@ -992,8 +1013,17 @@ def find_checkpoint(output_dir, chosen):  # what has an earlier call of the same
                     aside += "-again"  # nothing is ever written over
                 os.rename(path, aside)  # the next newest one is tried
                 say(f"warning  {path} is not whole ({fault}); set aside as {aside}")  # never in silence
-        found = [path, manifest] if path else found  # None: no checkpoint was left
+        if fault and not saving and os.path.exists(os.path.join(output_dir, "model.safetensors")):  # whose is it?
+            fail(f"--output_dir {output_dir} holds a model, which would be written over, and no checkpoint to go "  # on
+                 f"on from ({fault}): move it, or choose another directory")  # made elsewhere, or changed since
+        found = found if fault else [path, manifest]  # fault: no whole checkpoint was left
     return broadcast_object_list(found)  # the same on all ranks
+
+
+def checkpoints(output_dir):  # all of them are whole
+    """Return the paths of output_dir's checkpoints, the oldest first by number: times change with a copy."""
+    numbers = [int(name[11:]) for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # of steps
+    return [os.path.join(output_dir, f"checkpoint-{number_}") for number_ in sorted(numbers)]  # in order
 
 
 def same_run(args, checkpoint, manifest, now):  # on every rank
@@ -1002,8 +1032,6 @@ def same_run(args, checkpoint, manifest, now):  # on every rank
     Returns: (checkpoint, manifest) as given, or (None, {}) when --overwrite_output_dir had another run moved aside.
     Raises: SystemExit(2) after one sentence that names each difference with both values.
     """
-    from accelerate import PartialState  # which rank this is, and a way to wait for all
-
     saved = manifest.get("settings", now)  # a fresh start has no manifest: nothing to compare with
     other = [f"{name} was {saved.get(name)!r}, is {value!r}"  # both values, for the sentence below
              for name, value in now.items() if saved.get(name) != value]  # None where a manifest knows nothing of it
@@ -1013,26 +1041,28 @@ def same_run(args, checkpoint, manifest, now):  # on every rank
         fail(f"{checkpoint} belongs to a run with other settings: {'; '.join(other)}. "  # one clause for each
              "Give the old ones to go on; for a new run give another --output_dir (the finished model may be its "  # …
              "--model_name_or_path), or --overwrite_output_dir to move the old run aside")  # three ways on
-    if PartialState().is_main_process:  # one process moves, all others wait below
-        count = 1 + len(glob.glob(os.path.join(glob.escape(args.output_dir), "previous-*")))  # the next free number
-        aside = os.path.join(args.output_dir, f"previous-{count}")  # a directory for everything of the old run
+    for path in [*args.train_file, *args.validation_file, args.cache_dir or "", args.model_name_or_path]:  # this run's
+        if os.path.abspath(path).startswith(os.path.join(os.path.abspath(args.output_dir), "")):  # would move as well
+            fail(f"{path} lies in --output_dir {args.output_dir}, which is to be emptied: move it out first")  # kept
+    if RANKS.rank == 0:  # one process moves, all others wait below
+        count = 1  # the next free number
+        while os.path.exists(aside := os.path.join(args.output_dir, f"previous-{count}")):  # of earlier runs
+            count += 1  # some may have been deleted
         old = [name for name in os.listdir(args.output_dir) if not name.startswith(("previous-", ".lock"))]  # stays
         os.makedirs(aside)  # after the list was made, which it must not be in
         for name in old:  # checkpoints, curves, results, model
             os.rename(os.path.join(args.output_dir, name), os.path.join(aside, name))  # nothing is copied or deleted
         say(f"The old run was moved to {aside}.")  # where its checkpoints can still be gone on from
-    PartialState().wait_for_everyone()  # nobody writes before
+    RANKS.wait()  # nobody writes before
     return None, {}  # a fresh start
 
 
-def rotate(output_dir, limit, best):  # after the new one is safe
-    """Delete all but the newest `limit` checkpoints and the best one (a path or None), each whole or not at all."""
-    numbers = [int(name[11:]) for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # all whole
-    for number_ in sorted(numbers)[:-limit]:  # by number: the times of files change when a directory is copied
-        name = f"checkpoint-{number_}"  # an old one
-        if not best or os.path.basename(best) != name:  # what --load_best_model_at_end will load
-            trash = os.path.join(output_dir, f".trash-{name}")  # invisible from now on, also half deleted
-            os.rename(os.path.join(output_dir, name), trash)  # in one instant
+def rotate(output_dir, limit, keep):  # after the new one is safe
+    """Delete all checkpoints but the newest `limit` and those named in keep, each whole or not at all."""
+    for path in checkpoints(output_dir)[:-limit]:  # the old ones
+        if os.path.basename(path) not in keep:  # the best so far, the one just saved, the one that the user chose
+            trash = os.path.join(output_dir, f".trash-{os.path.basename(path)}")  # invisible, also half deleted
+            os.rename(path, trash)  # in one instant
             shutil.rmtree(trash, ignore_errors=True)  # 3.2 GB
 
 
@@ -1212,11 +1242,11 @@ def steps_in_epoch(chunks, training_args):  # known before the Trainer starts
     return max(1, math.ceil(passes / training_args.gradient_accumulation_steps))  # the last step may be short
 
 
-def make_trainer(model, tokenizer, training_args, train, validation, stop, facts):  # the loop, made unkillable
+def make_trainer(model, tokenizer, training_args, train, validation, stop, facts, lock):  # the loop, made unkillable
     """Put the parts together.
 
     Args: stop (Stop): knows of signals. facts (dict): for the manifest of each checkpoint: `settings`, `versions`, and
-        `progress` of the checkpoint that the run goes on from.
+        `progress` of the checkpoint that the run goes on from. lock: the file of claim(), on rank 0.
     Returns: transformers.Trainer, whose evaluations report perplexity and whose checkpoints are complete or absent.
         It overrides three methods that are not public: requirements.txt holds transformers to the tested version.
     """
@@ -1236,7 +1266,8 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length)  # 1.7e9
     peak = peak_flops(training_args)  # of all devices; None on a CPU
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
-    group = dist.new_group(backend="gloo") if world > 1 else None  # to agree on stopping, without waiting for a GPU
+    limit = training_args.ddp_timeout_delta  # how long a rank waits for the others
+    group = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None  # to agree on a stop, beside the GPUs
 
     def collate(rows):  # on the CPU, while the GPU works on the last batch
         """Make a batch of chunks: input_ids and labels of shape (batch, max_seq_length), int64."""
@@ -1251,12 +1282,16 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         now = min(steps * batch * training_args.gradient_accumulation_steps, an_epoch)  # its last step may be short
         return (epochs * an_epoch + now) * length  # chunks → tokens
 
+    class Abandoned(Exception):  # noqa: N818  no error
+        """An evaluation ends early, because a signal has come."""
+
     class ReliableTrainer(Trainer):  # a subclass, as no callback may change a log line, an evaluation or a save
         """The Trainer with an honest log line, a guard against NaN, and checkpoints that are complete or absent."""
 
         started = time.time()  # less the time that earlier calls took, once training begins
         began = logged = (0.0, 0)  # time and step at which this call began to train; at the last log line
-        step, unlogged, stopping = 0, 0, 0  # the last step counted; tokens since the last line; the signal agreed on
+        step, unlogged = 0, 0  # the last step counted; tokens since the last log line
+        due = late = False  # an evaluation is left to the next call; a save waits for the evaluation of its epoch
         counted = weighted = bad_step = torch.zeros((), device=training_args.device)  # there, so that nobody waits
 
         def log(self, logs, *rest):  # every number passes here once, on its way to console, TensorBoard and JSON
@@ -1271,7 +1306,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 speed = (tokens_until(step) - tokens_until(self.logged[1])) / max(now - self.logged[0], 1e-9)  # of all
                 pace = (now - self.began[0]) / (step - self.began[1])  # seconds a step, evaluations and saves included
                 memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes of this process, at its highest
-                if torch.cuda.is_available():  # then the GPU's is the one that matters
+                if self.args.device.type == "cuda":  # then the GPU's is the one that matters
                     memory = torch.cuda.max_memory_allocated()  # of this process's GPU
                 logs |= {"tokens_per_second": round(speed), "tokens_seen": tokens_until(step),  # of all processes
                          "peak_memory_gb": round(memory / 1e9, 2),  # near the GPU's size it is time for the remedies
@@ -1281,13 +1316,25 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 self.logged = now, step  # where the next line's speed begins
             super().log(logs, *rest)  # to everybody who wants to know
 
+        def evaluate(self, *rest, **named):  # in training, and at its end
+            """Evaluate every chunk and leave no trace: the random state, of which dropout is made, stays as it was."""
+            drop, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False  # it is meant for training
+            try:  # a signal may end it
+                with torch.random.fork_rng(devices=[]):  # the data loader draws a number from it
+                    return super().evaluate(*rest, **named)  # metrics, which log() has completed
+            finally:  # for the steps to come
+                self.args.dataloader_drop_last = drop  # as the user said
+
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # in evaluations
             """Return (None, losses, losses), float32 of shape (batch,): one of each chunk, so that each counts once.
 
             The Trainer's own mean over a batch counts those chunks twice that fill up the last batch of many processes.
             """
+            early = self.is_in_train and self.state.global_step < self.state.max_steps  # the last one is made
+            if early and agree(stop.signal):  # all ranks leave the evaluation after the same batch
+                raise Abandoned  # the step is saved, and the next call evaluates it
             ids = self._prepare_inputs(inputs)["input_ids"]  # (batch, max_seq_length), on the device
-            with torch.no_grad(), self.compute_loss_context_manager():  # autocast
+            with torch.no_grad():  # autocast is in the model that accelerate has prepared
                 result = model(input_ids=ids, labels=ids)  # the labels are the inputs
                 if "token_losses" in result:  # (batch, max_seq_length - 1)
                     losses = result["token_losses"].mean(1)  # one of each chunk
@@ -1302,14 +1349,20 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             tokens = tokens_until(step) - tokens_until(self.step)  # in this step; none in the call after an epoch
             self.weighted = self.weighted + (tr_loss - self.counted) * tokens  # its mean loss × its tokens
             self.step, self.unlogged = step, self.unlogged + tokens  # counted
-            noted = 0 if grad_norm is None or self.args.fp16 else grad_norm  # fp16's loss scaling skips infinite ones
+            scaled = self.args.mixed_precision == "fp16"  # perhaps by the launcher: infinite norms skip their step
+            noted = 0 if grad_norm is None or scaled else grad_norm  # others spoil the weights
             bad = ~torch.isfinite(tr_loss + noted) & (self.bad_step == 0)  # on the device, not waited for
             self.bad_step = torch.where(bad, step, self.bad_step)  # the first; the sum tr_loss stays NaN after it
 
-            self.stopping = agree(stop.signal)  # the same on all ranks
-            ordered = self.stopping and (again or self.state.epoch % 1)  # at an epoch's end its evaluation comes first
+            closing = not again and self.state.epoch % 1 == 0  # an epoch's last step: a second call will follow
+            if closing:  # the epoch's evaluation may come with it, and a checkpoint shall hold what came of that
+                self.late, control.should_save = control.should_save, False  # so a save waits
+            elif self.late:  # the second call
+                self.late, control.should_save = False, True  # now
+            ordered = agree(stop.signal) if not closing and step < self.state.max_steps else 0  # the same on all ranks
             if ordered:  # the lines below and the Trainer do it
                 control.should_save = control.should_training_stop = True  # a checkpoint, and no further step
+                self.due, control.should_evaluate = control.should_evaluate, False  # left to the next call
             if control.should_log or control.should_save or control.should_training_stop:  # moments that wait anyway
                 first = int(self.accelerator.gather(self.bad_step).max())  # the same on all ranks: all stop together
                 if first:  # the weights are spoilt from this step on
@@ -1319,13 +1372,17 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                          "another --output_dir", status=1)  # going on from the last checkpoint would end the same way
 
             start = time.time()  # evaluations and saves shall not count as slow training
-            super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # as the Trainer does
+            try:  # a log line, an evaluation, a checkpoint: what is due
+                super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # as the Trainer does
+            except Abandoned:  # a signal has come during the evaluation
+                ordered, self.due = agree(stop.signal), True  # the next call begins with it
+                self._save_checkpoint(*rest[:2])  # model and trial
             self.counted = tr_loss.clone()  # 0 after a log line
             spent = time.time() - max(start, self.logged[0])  # the log line, if any, came before them
             self.logged = self.logged[0] + spent, self.logged[1]  # as if they had taken no time
             if ordered:  # the checkpoint is there
                 saved = os.path.join(output_dir, f"checkpoint-{step}")  # where the same command goes on
-                stop.leave(self.stopping, f" at step {step:,} of {self.state.max_steps:,}; saved {saved}")  # exits
+                stop.leave(ordered, f" at step {step:,} of {self.state.max_steps:,}; saved {saved}")  # exits
 
         def _get_output_dir(self, trial):  # the Trainer asks where to put checkpoint-N, and which are old
             """Return .staging: what has its place in output_dir is out of the Trainer's reach, also for deletion."""
@@ -1337,24 +1394,29 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             draft, final = os.path.join(staging, name), os.path.join(output_dir, name)  # before and after the rename
             if os.path.isdir(final):  # saved already, at the end of this step or before a stop
                 return  # the same state: a whole checkpoint is never touched again
+            check_claim(lock, output_dir)  # another run may have taken its place
             sums = torch.stack([self._tr_loss, self.weighted])  # of the steps since the last log line
             loss, weighted = self.accelerator.gather(sums[None]).mean(0).tolist()  # over all processes
             progress = {"step": self.state.global_step, "max_steps": self.state.max_steps,  # finished when equal
                         "seconds": time.time() - self.started, "logged": self._globalstep_last_logged,  # the last line
                         "loss": loss, "losses": self._total_loss_scalar,  # of steps since that line; of all before it
-                        "weighted": weighted, "unlogged": self.unlogged}  # for the next line's mean over tokens
+                        "weighted": weighted, "unlogged": self.unlogged,  # for the next line's mean over tokens
+                        "evaluate": self.due}  # the next call begins with the evaluation of this step
             try:  # the disk may be full, or gone
                 super()._save_checkpoint(model, trial)  # each rank writes its random state, rank 0 all else
                 self.accelerator.wait_for_everyone()  # nobody is still writing
                 if self.args.should_save:  # rank 0
-                    if self.state.best_model_checkpoint:  # recorded as a path in .staging
-                        best = os.path.basename(self.state.best_model_checkpoint)  # checkpoint-M
-                        self.state.best_model_checkpoint = os.path.join(output_dir, best)  # where it is going to be
+                    if (self.state.best_model_checkpoint or "").startswith(staging):  # this one, at its present place
+                        self.state.best_model_checkpoint = final  # where it is going to be
                         self.state.save_to_json(os.path.join(draft, "trainer_state.json"))  # put right
+                    best = self.state.best_model_checkpoint  # this one, one of before, or None
+                    if best and self.args.load_best_model_at_end:  # without it no later call could end as this one
+                        progress["best"] = os.path.relpath(best, output_dir)  # checkpoint-M
                     seal(draft, {**facts, "progress": progress})  # checksums, and on the disk
                     os.rename(draft, final)  # from this instant on it is the newest checkpoint
                     flush(output_dir)  # the rename as well
-                    rotate(output_dir, self.args.save_total_limit, self.state.best_model_checkpoint)  # the oldest
+                    keep = [os.path.basename(path or "") for path in (final, best, facts["chosen"])]  # at any age
+                    rotate(output_dir, self.args.save_total_limit, keep)  # the oldest of the others go
                 self.accelerator.wait_for_everyone()  # the others see it, too
             except Exception as error:  # torch and safetensors report a full disk with kinds of their own
                 needed = 12 * sum(weight.numel() for weight in self.model.parameters())  # float32 weights, Adam's two
@@ -1392,8 +1454,15 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             trainer.unlogged = past.get("unlogged", 0)  # … and those tokens
             trainer._globalstep_last_logged, trainer.step = past.get("logged", 0), state.global_step  # where they end
             trainer.began = trainer.logged = time.time(), state.global_step  # for speed and time left
-            best = os.path.join(output_dir, f"checkpoint-{state.best_global_step}")  # the run may have been moved
-            state.best_model_checkpoint = best if os.path.isdir(best) else None  # to load it at the end
+            if past.get("best"):  # a name: the run may have been moved
+                state.best_model_checkpoint = os.path.join(past["folder"], past["best"])  # to load it at the end
+            if past.get("evaluate"):  # the last call was stopped before it could
+                try:  # it logs the result at its own step
+                    if trainer._determine_best_metric(trainer._evaluate(None, None), None):  # a new best one
+                        best = f"checkpoint-{state.global_step}"  # the one that the run goes on from
+                        state.best_model_checkpoint = os.path.join(past["folder"], best)  # to load it at the end
+                except Abandoned:  # stopped once more
+                    stop.leave(agree(stop.signal), f" before the evaluation of step {state.global_step:,}")  # exits
 
         def on_train_end(self, args, state, control, **_):  # the last checkpoint is there
             """From here on a signal ends the run at once: the same command does the rest."""
@@ -1411,7 +1480,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         callbacks=[Restore()],  # after the Trainer's own
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()},  # all chunks have as many tokens: a plain mean
     )
-    with trainer.compute_loss_context_manager():  # autocast, which Flash Attention needs
+    with trainer.accelerator.autocast():  # 16 bits, without which Flash Attention refuses the trial of eight tokens
         if not use_chunked_loss(model):  # on the device by now
             say("note     this model has no plain head: its own loss is used, which holds all logits in memory")  # slow
     if "tensorboard" in training_args.report_to and training_args.process_index == 0:  # the others write nothing
@@ -1508,14 +1577,18 @@ def save_metrics(trainer, split, metrics):  # of "train" or "eval"
         trainer.save_metrics(split, metrics)  # once more
 
 
-def train_and_save(trainer, checkpoint, facts):  # the night
+def train_and_save(trainer, checkpoint, facts, lock):  # the night: after a kill anywhere in it the same command goes on
     """Train, save model and tokenizer to output_dir, evaluate, and save the metrics beside them.
 
     Args: checkpoint (str or None): where to go on from; when it is the last one of the run, only the rest is done.
-        facts (dict): for the manifest, which is written last: the sign of a finished run.
+        facts (dict): for the manifest, which is written last: the sign of a finished run. lock: the file of claim().
     """
+    from transformers import TrainerState  # what trainer_state.json holds
+
     past, output_dir = facts["progress"], trainer.args.output_dir  # of earlier calls; from_pretrained() will read it
     if past and past["step"] >= past["max_steps"]:  # killed after the last checkpoint: its weights are loaded already
+        trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))  # log, epoch
+        trainer.state.is_world_process_zero = trainer.is_world_process_zero()  # the file is rank 0's
         loss = (past["losses"] + past["loss"]) / past["step"]  # the mean over all steps
         metrics = {"train_runtime": past["seconds"], "train_loss": loss}  # as the Trainer would have reported
     else:  # there are steps to make
@@ -1524,11 +1597,12 @@ def train_and_save(trainer, checkpoint, facts):  # the night
         for name in ("train_samples_per_second", "train_steps_per_second"):  # all steps ÷ the time of this call …
             metrics[name] *= share / metrics["train_runtime"]  # … put right: ÷ the time of all calls
 
+    check_claim(lock, output_dir)  # another run may have taken its place
     staging = os.path.join(output_dir, ".staging")  # a kill in here leaves no half model: the same command goes on
     trainer.model.config.use_cache = True  # generation with the saved model wants its cache back
     trainer.save_model(staging)  # model.safetensors, config.json, tokenizer; all ranks call it, rank 0 writes
     if trainer.args.should_save:  # rank 0
-        seal(staging, {**facts, "progress": {"step": trainer.state.global_step or past["step"]}})  # with checksums
+        seal(staging, {**facts, "progress": {"step": trainer.state.global_step}})  # with checksums
         for name in sorted(os.listdir(staging), key=lambda name: name.endswith(".safetensors")):  # the weights last
             if name != "manifest.json":  # waits for the metrics
                 os.replace(os.path.join(staging, name), os.path.join(output_dir, name))  # whole or absent
@@ -1556,11 +1630,12 @@ def main(argv=None):  # the table of contents
 
     set_seed(args.seed)  # new embedding rows, if any, are the same in every run
     facts = {"settings": run_settings(args, training_args)}  # for the manifests of this run
+    facts["chosen"] = args.resume_from_checkpoint  # by this an interrupted call of the same command is known again
     facts["versions"] = {name: version(name) for name in ("torch", "transformers")}  # they may round differently …
     facts["versions"]["device"] = training_args.device.type  # … as may the device: going on is allowed, with a warning
-    checkpoint, manifest = None, {}  # a fresh start …
+    checkpoint, manifest, lock = None, {}, None  # a fresh start …
     if not args.evaluate_only:  # … unless an earlier call was stopped
-        lock = claim(args.output_dir) if training_args.process_index == 0 else None  # noqa: F841  kept until the end
+        lock = claim(args.output_dir) if RANKS.rank == 0 else None  # the file is kept open until the end
         found = find_checkpoint(args.output_dir, args.resume_from_checkpoint)  # a path and its manifest
         checkpoint, manifest = same_run(args, *found, facts["settings"])  # or a sentence, before minutes of work
     if checkpoint == args.output_dir:  # the final model is there, and whole
@@ -1586,16 +1661,19 @@ def main(argv=None):  # the table of contents
         RANKS.compare("data", facts["settings"])  # each machine may have copies of its own
         checkpoint, manifest = same_run(args, checkpoint, manifest, facts["settings"])  # or a sentence
     past = facts["progress"] = manifest.get("progress", {})  # what earlier calls did: the step, the losses, the time
-    if past and past["step"] >= past["max_steps"]:  # only the final save is missing
-        with open(os.path.join(checkpoint, "trainer_state.json"), encoding="utf-8") as file:  # which one was the best?
-            best = json.load(file)["best_global_step"] if training_args.load_best_model_at_end else None  # M, or None
-        folder = os.path.join(os.path.dirname(checkpoint), f"checkpoint-{best or past['step']}")  # the one to publish
-        model = load_model(folder, tokenizer, args.use_flash_attention)  # trained: nothing is left for the Trainer
+    if past:  # an earlier call has made some steps, or all of them
+        training_args.eval_on_start = False  # it has done so
+        past["folder"] = os.path.dirname(checkpoint)  # where the best one lies, too
+        if past["step"] >= past["max_steps"]:  # only the final save is missing
+            folder = os.path.join(past["folder"], past.get("best") or os.path.basename(checkpoint))  # to publish
+            model = load_model(folder, tokenizer, args.use_flash_attention)  # trained: nothing is left for the Trainer
 
     RANKS.wait()  # one machine may still be downloading: from here on --ddp_timeout is the limit
     try:  # parts that are asked for by a flag and not there
-        trainer = make_trainer(model, tokenizer, training_args, train, validation, stop, facts)  # on the device
+        trainer = make_trainer(model, tokenizer, training_args, train, validation, stop, facts, lock)  # on the device
     except Exception as error:  # --report_to mlflow without mlflow, --push_to_hub without a network, …
+        if "out of memory" in str(error):  # the GPU is taken, or too small for the weights alone
+            fail(f"out of memory on {training_args.device}: {REMEDIES}", status=1)  # as in training
         words = " ".join(str(error).split())  # its own words, on one line
         fail(f"the Trainer cannot be set up ({type(error).__name__}): {words}")  # a flag asks for what is not there
     banner(args, training_args, model, train, validation)  # the plan, before the first step
@@ -1608,7 +1686,7 @@ def main(argv=None):  # the table of contents
         if args.evaluate_only:  # --do_eval
             evaluate_and_save(trainer)  # loss and perplexity
         else:  # the usual case
-            train_and_save(trainer, checkpoint, facts)  # the finished model in output_dir
+            train_and_save(trainer, checkpoint, facts, lock)  # the finished model in output_dir
     except (ImportError, ValueError) as error:  # --use_liger_kernel without its package, --adam_beta1 2, …
         fail(f"a flag of the Trainer cannot be used: {' '.join(str(error).split())}")  # its own words, on one line
     except (OSError, SafetensorError) as error:  # at the final save; a checkpoint's has a sentence of its own
