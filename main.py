@@ -920,7 +920,7 @@ def check_claim(lock, output_dir):  # before a save
     path = os.path.join(output_dir, ".lock")  # gone with the directory; another file, if another run has made it anew
     if lock and not (os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))):  # by its inode
         fail(f"--output_dir {output_dir} was moved or removed during the run: what was saved before is where "  # it is
-             "it was moved to; put it back, and the same command goes on", 1)  # nothing is written into another's directory
+             "it was moved to; put it back, and the same command goes on", 1)  # not into another's
 
 
 def sha256(path):  # 1.8 GB/s: two seconds for a checkpoint of 3.2 GB

@@ -1,0 +1,159 @@
+"""Going on where it is not obvious from where: evaluations, best models, chosen checkpoints, other people's files."""
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT, in_child, run, write_jsonl
+from test_training import same_weights
+from test_unkillable import events
+
+
+@pytest.fixture(scope="module")
+def flags(tiny, tmp_path_factory):
+    """12 steps, 6 an epoch, evaluated and saved every 2; the best model is published."""
+    import pydoc_data.topics
+
+    folder, topics = tmp_path_factory.mktemp("resume"), pydoc_data.topics.topics
+    train = write_jsonl(folder / "train.jsonl", [topics[name] for name in ("with", "while", "try")])
+    validation = write_jsonl(folder / "validation.jsonl", [topics[name] for name in ("if", "for")])
+    return ["--model_name_or_path", tiny, "--train_file", train, "--validation_file", validation,
+            "--max_seq_length", 64, "--no_truncation", "--cache_dir", folder / "cache", "--per_device_train_batch_size", 2,
+            "--gradient_accumulation_steps", 1, "--max_train_samples", 12, "--num_train_epochs", 2,
+            "--per_device_eval_batch_size", 1, "--eval_steps", 2, "--save_steps", 2, "--save_total_limit", 9,
+            "--warmup_steps", 0, "--learning_rate", 1e-3, "--logging_steps", 2]  # fmt: skip
+
+
+BEST = ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--greater_is_better", True]  # the first
+
+
+def finish(*argv):
+    done = run(*argv)
+    assert done.status == 0, done.err
+    return done
+
+
+@pytest.fixture(scope="module")
+def whole(flags, tmp_path_factory):
+    """The output directory of a run that nothing has disturbed."""
+    output = tmp_path_factory.mktemp("whole") / "out"
+    finish(*flags, "--output_dir", output)
+    return output
+
+
+def evaluations(output):
+    return events(output / "runs")["eval/loss"]
+
+
+def history(output, step):
+    rows = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+    return [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+
+
+@pytest.mark.slow
+def test_a_signal_ends_an_evaluation_and_the_next_call_makes_it(flags, whole, tmp_path):
+    """B9, B10: 143 at once, a checkpoint, and in the end the same weights and the same evaluations, each once."""
+    output = tmp_path / "out"
+    argv = [str(word) for word in [sys.executable, ROOT / "main.py", *flags, "--output_dir", output]]
+    for step in (2, 6):  # within an epoch, and at its end
+        with open(tmp_path / f"log{step}", "w") as log:
+            process = subprocess.Popen(argv, stdout=log, stderr=log)
+        while not (output / "runs").exists() or "train/loss" not in events(output / "runs") or (
+                step not in [row[0] for row in events(output / "runs")["train/loss"]]):  # fmt: skip
+            assert process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        said = (tmp_path / f"log{step}").read_text()
+        assert process.returncode == 143 and "the same command again goes on" in said, said
+    finish(*flags, "--output_dir", output)
+    assert in_child(same_weights, whole, output)
+    assert evaluations(output) == evaluations(whole) and history(output, 12) == history(whole, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["flipped", "missing"])
+def test_the_best_checkpoint_is_verified_as_well(harm, flags, tmp_path):
+    """B10: with --load_best_model_at_end nothing is gone on from whose best checkpoint is damaged."""
+    expected, output = tmp_path / "whole", tmp_path / "out"
+    finish(*flags, *BEST, "--output_dir", expected)
+    shutil.copytree(expected, output)
+    for name in ("manifest.json", "model.safetensors"):
+        (output / name).unlink()
+    path = output / "checkpoint-2" / "model.safetensors"
+    data = path.read_bytes()
+    path.unlink() if harm == "missing" else path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+    done = finish(*flags, *BEST, "--output_dir", output)
+    assert "the best one, checkpoint-2, cannot be used" in done.out
+    assert in_child(same_weights, expected, output)
+
+
+@pytest.mark.slow
+def test_a_run_killed_after_its_last_step_publishes_the_best_model(flags, tmp_path):
+    """B10, B12: also where the best is an old one; the metrics name the epoch."""
+    expected, output = tmp_path / "whole", tmp_path / "out"
+    finish(*flags, *BEST, "--output_dir", expected)
+    shutil.copytree(expected, output)
+    for name in ("manifest.json", "model.safetensors", "all_results.json"):
+        (output / name).unlink()
+    finish(*flags, *BEST, "--output_dir", output)
+    assert in_child(same_weights, expected, output)
+    mine, other = (json.loads((place / "all_results.json").read_text()) for place in (output, expected))
+    assert mine["epoch"] == other["epoch"] == 2 and mine["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_at_an_epochs_end_holds_its_evaluation(flags, tmp_path):
+    """B10: the schedule that waits for evaluations goes on as if there had been no stop."""
+    plateau = ["--lr_scheduler_type", "reduce_lr_on_plateau", "--eval_strategy", "epoch", "--save_steps", 3,
+               "--metric_for_best_model", "eval_loss",
+               "--lr_scheduler_kwargs", '{"patience": 0, "threshold": 10, "factor": 0.1}']  # fmt: skip
+    expected, output = tmp_path / "whole", tmp_path / "out"
+    finish(*flags, *plateau, "--output_dir", expected)
+    assert [step for step, _ in history(expected, 6)] == [6]
+    finish(*flags, *plateau, "--output_dir", output, "--resume_from_checkpoint", expected / "checkpoint-6")
+    assert in_child(same_weights, expected, output)
+
+
+def test_a_chosen_checkpoint_is_left_behind_by_what_came_of_it(flags, whole, tmp_path):
+    """B10, F22: the same command again goes on from the newest checkpoint that it has made itself."""
+    output = tmp_path / "out"
+    argv = [*flags, "--resume_from_checkpoint", whole / "checkpoint-4", "--output_dir", output]
+    finish(*argv)
+    for name in ("manifest.json", "model.safetensors", "checkpoint-12"):
+        path = output / name
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    done = finish(*argv)
+    assert f"Going on from {output / 'checkpoint-10'}, step 10 of 12." in done.out
+    assert in_child(same_weights, whole, output)
+    assert "This run finished" in finish(*argv).out
+
+
+def test_a_model_without_manifest_is_not_written_over(flags, whole, tmp_path):
+    """B10, B12: whoever made it; --overwrite_output_dir numbers what it moves aside without gaps in mind."""
+    output = tmp_path / "out"
+    output.mkdir()
+    shutil.copy(whole / "model.safetensors", output)
+    done = run(*flags, "--output_dir", output)
+    assert done.status == 2 and "holds a model, which would be written over" in done.err
+    assert (output / "model.safetensors").read_bytes() == (whole / "model.safetensors").read_bytes()
+    moved = tmp_path / "moved"
+    shutil.copytree(whole, moved)
+    (moved / "previous-2").mkdir()
+    for number in (1, 3):
+        done = finish(*flags, "--output_dir", moved, "--seed", number, "--overwrite_output_dir", "--max_steps", 1)
+        assert f"The old run was moved to {moved}/previous-{number}." in done.out
+
+
+def test_dropping_the_last_batch_leaves_the_evaluation_whole(flags, tmp_path):
+    """B9, F24: --dataloader_drop_last is about training; validation chunks are all measured."""
+    losses = []
+    for name, more in (("all", []), ("drop", ["--dataloader_drop_last", "True"])):
+        finish(*flags[:2], *flags[4:], "--do_eval", "--per_device_eval_batch_size", 4, "--max_eval_samples", 5,
+               "--output_dir", tmp_path / name, *more)  # fmt: skip
+        losses.append(json.loads((tmp_path / name / "eval_results.json").read_text())["eval_loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
