@@ -826,7 +826,7 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
     try:  # the weights: 536 MB from the hub at the first time
         model, report = AutoModelForCausalLM.from_pretrained(  # memory-maps the file, then copies
             name,  # hub name or directory
-            dtype=torch.bfloat16 if flash_attention else torch.float32,  # Flash Attention wants to be loaded so
+            dtype=torch.float32,  # also for Flash Attention, which warns of it: a finished model must not be rounded
             attn_implementation="flash_attention_2" if flash_attention else "sdpa",  # sdpa: PyTorch's fused kernels
             ignore_mismatched_sizes=True,  # do not raise for a wrong shape: the report lists it
             output_loading_info=True,  # also tell which weights the file lacked
@@ -836,10 +836,8 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # absent, or odd
     if wrong:  # transformers fills them with random numbers and a warning
         fail(f"--model_name_or_path {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # a bad copy
-    model.float()  # masters; changes nothing unless loaded as bfloat16
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
         model.resize_token_embeddings(len(tokenizer))  # the head is tied to the embedding and grows with it
-    model.config.use_cache = False  # keys and values of past tokens are for generation: in training only a waste
     return model  # the Trainer moves it to the device
 
 
