@@ -47,10 +47,6 @@ WIKITEXT = "Salesforce/wikitext"  # the one hub data set for which a configurati
 DATASET_ALIASES = {"wikitext": WIKITEXT}  # as it was called when names had no owner
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words, untouched text: trains in an evening on one GPU
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files; each also with .gz behind it
-PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by a part of the device's name; MFU is measured against them
-    "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A40": 149.7, "L40S": 362, "L4": 121,  # server
-    "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "V100": 125,  # desktop; the first name that fits counts
-}
 LOSS_MEMORY = {"cuda": 2.2e9, "cpu": 0.54e9}  # bytes for the logits of a chunk: 4,096, or 1,024, tokens in 16 bits
 SOFTMAX_ROWS = 128  # tokens of a chunk that go through the softmax at a time, in float32: 0.13 GB
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
@@ -1181,7 +1177,7 @@ def peak_flops(training_args):  # what the processes could do at best
     if training_args.device.type != "cuda" or training_args.mixed_precision == "no":  # float32 has another peak
         return None  # rather than a share of a number that does not apply
     name = torch.cuda.get_device_name(training_args.device)  # "NVIDIA A40"
-    peaks = [PEAKS[part] for part in PEAKS if part in name]  # TFLOP/s of one device
+    peaks = [PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b", name)]  # by whole words: an A4000 is no A40
     return peaks[0] * 1e12 * training_args.world_size if peaks else None  # of all together
 
 
@@ -1214,6 +1210,11 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     batch = training_args.train_batch_size * world  # chunks in one forward pass of all processes
     epoch_steps = steps_in_epoch(chunks, training_args)  # of the optimizer
     flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length)  # 1.7e9
+PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by whole words of the device's name; MFU is a share of them
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "A40": 149.7,  # the first name that fits
+    "L40S": 362, "L4": 121, "V100": 125, "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155,  # without sparsity
+}
+
     peak = peak_flops(training_args)  # of all devices; None on a CPU
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
     group = dist.new_group(backend="gloo") if world > 1 else None  # to agree on stopping, without waiting for a GPU

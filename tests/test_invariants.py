@@ -4,11 +4,14 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, in_child, launch, run, write_jsonl
 from test_hub import ACCELERATE, free_port
 from test_training import logged, same_weights, weights_of
+
+import main
 
 
 @pytest.fixture(scope="module")
@@ -187,7 +190,29 @@ def test_an_odd_plan_is_said_before_the_first_step(flags, base, tmp_path):
     assert [word for word in ODD[flags] if word not in notes] == [], done.out
 
 
-def test_an_ordinary_plan_has_no_notes(base, tmp_path):
-    """F14: nothing to say about a plan that fits."""
-    done = run(*base, "--output_dir", tmp_path / "out", "--max_steps", 3)
-    assert done.status == 0 and "\nnote " not in done.out
+@pytest.mark.parametrize("flags", ["", "--lr_scheduler_type constant --warmup_steps 500"], ids=["linear", "constant"])
+def test_an_ordinary_plan_has_no_notes(flags, base, tmp_path):
+    """F14: nothing to say about a plan that fits; a constant rate has no warm-up."""
+    done = run(*base, "--output_dir", tmp_path / "out", "--max_steps", 3, *flags.split())
+    assert done.status == 0 and "\nnote " not in done.out and "warm-up 0 steps" in done.out
+
+
+NAMES = {"NVIDIA A40": 149.7, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
+         "NVIDIA GH200 480GB": 989, "NVIDIA L40S": 362, "NVIDIA GeForce RTX 4090": 165, "NVIDIA RTX A4000": None,
+         "NVIDIA RTX A1000": None, "NVIDIA L40": None}  # fmt: skip
+
+
+def test_a_peak_is_that_of_the_device_of_exactly_this_name():
+    """F17: MFU is measured against the maker's number; an unlisted device with a similar name has none."""
+
+    def peaks():
+        import torch
+
+        told = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16", world_size=2)
+        found = {}
+        for name in NAMES:
+            torch.cuda.get_device_name = lambda device, name=name: name  # no such device is here
+            found[name] = main.peak_flops(told)
+        return found
+
+    assert in_child(peaks) == {name: peak and pytest.approx(2e12 * peak) for name, peak in NAMES.items()}
