@@ -434,6 +434,7 @@ def make_training_arguments(args):  # the first use of torch
     if cpu:  # slow, but the same training
         say("No GPU found: training on the CPU.")  # the one notice line
     if args.use_flash_attention and not args.fp16:  # its kernels take 16-bit inputs only
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # name → where curves can go
         args.bf16 = True  # autocast makes them from the float32 weights
 
     ours = {name: getattr(args, name) for name in trainer_flags() if hasattr(args, name)}  # the Trainer has them, too
@@ -452,11 +453,35 @@ def make_training_arguments(args):  # the first use of torch
         fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # the first one
     if plan.max_steps < 1 and plan.max_steps != -1:  # -1 is the Trainer's "not given"
         fail(f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # 0 too
-    for name in ("save_only_model", "enable_jit_checkpoint", "save_on_each_node"):  # the Trainer's, none of them whole
-        if getattr(plan, name):  # no optimizer; a partial final model; no weights on other nodes
-            fail(f"--{name} makes checkpoints that no run can go on from: leave it out")  # ours need none of them
-    if plan.ignore_data_skip:  # for data too large to skip over; ours takes seconds
-        say("note     --ignore_data_skip: a stopped run will not go on with the data it had not seen yet")  # allowed
+    partial = "makes checkpoints that no run can go on from"  # without the optimizer, or in a part for each process
+    for name, fault in {  # flags of the Trainer that are off by default
+        "save_only_model": partial, "enable_jit_checkpoint": partial, "save_on_each_node": partial,  # checkpoints
+        "fsdp": partial, "deepspeed": partial,  # for models that one GPU cannot hold; accelerate config has them, too
+        "auto_find_batch_size": "changes the effective batch in the middle of a run",  # when the GPU is full
+        "batch_eval_metrics": "leaves no loss of each chunk to make the mean of",  # as each has to count once
+    }.items():  # what the README promises would not hold any more
+        if getattr(plan, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":  # the launcher's word
+            fail(f"--{name} {fault}: leave it out")  # this model of 1 GB needs none of them
+    if not plan.eval_do_concat_batches:  # a switch that is on by default
+        fail("--eval_do_concat_batches False leaves no mean over all chunks: leave it out")  # only a list of batches
+    for name in ("load_best_model_at_end", "eval_on_start"):  # both measure
+        if getattr(plan, name) and not (args.validation_file or args.dataset_name):  # a data set may have a split
+            fail(f"--{name} needs validation data: give --validation_file")  # before minutes of work
+    when = [(plan.save_strategy, plan.save_strategy == "steps" and plan.save_steps),  # of checkpoints …
+            (plan.eval_strategy, plan.eval_strategy == "steps" and plan.eval_steps)]  # … and of evaluations
+    if plan.load_best_model_at_end and when[0] != when[1]:  # the best one could be in no checkpoint
+        fail("--load_best_model_at_end needs a checkpoint of each evaluation: make --save_strategy equal to "  # when …
+             "--eval_strategy, and --save_steps to --eval_steps")  # … and how often
+    measure = plan.metric_for_best_model  # None is the Trainer's "loss"
+    if measure not in (None, "loss", "eval_loss", "perplexity", "eval_perplexity"):  # all that an evaluation reports
+        fail(f"--metric_for_best_model {measure}: choose loss or perplexity")  # else found at the first evaluation
+    if measure and "perplexity" in measure and plan.greater_is_better is None:  # the Trainer knows only a loss by name
+        plan.greater_is_better = False  # it would load the worst model
+    known = ["none", "all", *INTEGRATION_TO_CALLBACK]  # where the Trainer can report to
+    for name in args.report_to:  # one after the other
+        if name not in known or (name in ("none", "all") and len(args.report_to) > 1):  # misspelt, or contradictory
+            fail(f"--report_to {name}{nearest(name, known)}: give none or all alone, or some of "  # before the data
+                 f"{', '.join(known[2:])}")  # tensorboard, wandb, mlflow, …
 
     if RANKS.size > 1:  # TrainingArguments look for a process group, and touch the device
         RANKS.connect(args, plan)  # compares what the machines are about to do
@@ -477,6 +502,12 @@ def make_training_arguments(args):  # the first use of torch
 
 
 def run_settings(args, training_args):  # what has to stay the same when a run goes on
+    inexact = {"--ignore_data_skip": made.ignore_data_skip,  # starts the epoch again
+               "--train_sampling_strategy": made.train_sampling_strategy not in ("random", "sequential"),  # by length
+               "--accelerator_config": not made.accelerator_config.use_seedable_sampler,  # orders by the global state
+               "--dataloader_persistent_workers": made.dataloader_persistent_workers}  # which outlive an epoch
+    for flag in (flag for flag, given in inexact.items() if given):  # allowed: some data is too large to be skipped
+        say(f"note     {flag}: a stopped run may go on with other data than it would have had")  # no equal weights then
     """Return {name: value}, as JSON values, of everything that decides the weights a run ends with."""
     flags = vars(args) | training_args.to_dict()  # ours and the Trainer's, defaults included
     settings = {name: value for name, value in flags.items() if not name.startswith(HARMLESS)}  # about 70
