@@ -510,17 +510,26 @@ def run_settings(args, training_args):  # what has to stay the same when a run g
         say(f"note     {flag}: a stopped run may go on with other data than it would have had")  # no equal weights then
     """Return {name: value}, as JSON values, of everything that decides the weights a run ends with."""
     flags = vars(args) | training_args.to_dict()  # ours and the Trainer's, defaults included
-    settings = {name: value for name, value in flags.items() if not name.startswith(HARMLESS)}  # about 70
+    plateau = training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")  # the rate follows evaluations
+    decisive = ("validation_file", "max_eval_samples", "eval_", "save_st")  # save_strategy, save_steps
+    decisive = decisive if plateau or training_args.load_best_model_at_end else ()  # else looking changes no weight
+    settings = {name: value for name, value in flags.items()  # about 70
+                if not name.startswith(HARMLESS) or name.startswith(decisive)}  # of the run as it is asked for
     settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # of the launcher
-    settings["train_file"] = [f"{os.path.basename(path)} ({os.path.getsize(path):,} bytes)"  # its folder may change
-                              for path in args.train_file]  # a quick look: digests() compares every token
-    settings["model_name_or_path"] = os.path.basename(args.model_name_or_path.rstrip(os.sep))  # likewise
+    for name in {"train_file", "validation_file"} & settings.keys():  # a quick look: digests() compares every token
+        settings[name] = [f"{os.path.basename(path)} ({os.path.getsize(path):,} bytes)"  # its folder may change
+                          for path in flags[name]]  # in their order
+    settings["model_name_or_path"] = os.path.basename(args.model_name_or_path.rstrip(os.sep))  # may have moved, too
     return json.loads(json.dumps(settings, default=str))  # tuples become lists, as they will be in the manifest
 
 
 def digests(model, train):  # what no flag says
-    """Return {"model": …, "train_data": …}: SHA-256 of the weights before training, and of all training tokens."""
-    weights, tokens = hashlib.sha256(), hashlib.sha256()  # a second for 1 GB of either
+    """Return {"model": …, "train_data": …}: SHA-256 of config and weights before training, and of all its tokens."""
+    config = model.config.to_dict()  # what the weights do: a softcap, the width of a sliding window, …
+    for name in ("transformers_version", "_name_or_path", "use_cache", "dtype"):  # where from and how saved
+        config.pop(name, None)  # not what is learnt
+    weights = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())  # then the weights themselves
+    tokens = hashlib.sha256()  # a second for 1 GB of either
     for weight in model.parameters():  # also finds a model directory that was changed in between
         weights.update(weight.detach().numpy().data)  # its bytes; float32, still on the CPU
     for chunks in train.data.column("input_ids").chunks:  # Arrow arrays in memory-mapped files
