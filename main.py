@@ -206,7 +206,14 @@ def check_args(args):  # what argparse cannot say
     if not args.evaluate_only and not (args.dataset_name or args.train_file):  # nothing to train on
         fail(f"no training data: give --dataset_name NAME or --train_file FILE ({' '.join(FORMATS)})")  # one suffices
     if args.evaluate_only and not (args.dataset_name or args.validation_file):  # nothing to evaluate on
-        fail("--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")  # one suffices
+        fail("--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")  # held-out text
+    if args.evaluate_only and args.resume_from_checkpoint:  # a checkpoint is a model, too, and that is what is wanted
+        fail("--resume_from_checkpoint goes on with training, which --do_eval alone does not: "  # measure it by
+             f"--model_name_or_path {args.resume_from_checkpoint}")  # the one flag for a model of any origin
+    trained = [name for pattern in ("manifest.json", "checkpoint-[0-9]*")  # what a training run leaves
+               for name in glob.glob(pattern, root_dir=args.output_dir)]  # [] where there is no directory yet
+    if args.evaluate_only and trained:  # the evaluation's all_results.json would replace that run's
+        fail(f"--output_dir {args.output_dir} holds a training run: choose another --output_dir for --do_eval")  # new
     args.train_file = find_files("--train_file", args.train_file)  # a list of existing, readable files
     args.validation_file = find_files("--validation_file", args.validation_file)  # an empty one where none was given
 
@@ -226,6 +233,7 @@ def check_args(args):  # what argparse cannot say
         if not any(glob.glob(pattern, root_dir=model) for pattern in both):  # a half copy
             fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # the usual name
 
+    last = args.resume_from_checkpoint = last and (last.rstrip(os.sep) or os.sep)  # its last part is to be its name
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
     if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
         fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # perhaps one up
