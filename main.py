@@ -49,7 +49,6 @@ WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words, untouched text: trains
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files; each also with .gz behind it
 LOSS_MEMORY = {"cuda": 2.2e9, "cpu": 0.54e9}  # bytes for the logits of a chunk: 4,096, or 1,024, tokens in 16 bits
 SOFTMAX_ROWS = 128  # tokens of a chunk that go through the softmax at a time, in float32: 0.13 GB
-TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
     "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double "  # fewer activations at a time …
     "--gradient_accumulation_steps: the same training; "  # … and the same effective batch
@@ -74,9 +73,9 @@ def fail(message, status=2):  # every error that the user can mend ends the run 
 
 
 def nearest(name, names):  # the help that a misspelt name gets
-    """Return a hint such as ' (did you mean text?)' for the closest of names, or an empty string."""
+    """Return a hint such as " (did you mean 'text'?)" for the closest of names, or an empty string."""
     close = difflib.get_close_matches(name, names, n=1)  # similarity of at least 0.6, else nothing
-    return f" (did you mean {close[0]}?)" if close else ""  # stands right behind the wrong name in a sentence
+    return f" (did you mean {close[0]!r}?)" if close else ""  # stands right behind the wrong name in a sentence
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -547,6 +546,8 @@ def digests(model, train):  # what no flag says
 
 # ── Data: read → tokenize → group_texts ──────────────────────────────────────────────────────────────────────────────
 
+TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
+
 
 def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # text in, chunks out
     """Read, tokenize and pack the training and validation text; rebuild (bool): without a look into the cache.
@@ -690,7 +691,11 @@ def read_lines(path):  # a generator, too: a file may be larger than memory
     unpack = gzip.open if path.endswith(".gz") else open  # they take the same arguments
     with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as lines:  # sig: without the mark that Excel puts first
         try:  # newline: a line ends at \n only, for every reader of JSON lines
-            yield from (line.replace("\r\n", "\n") for line in lines)  # files from Windows
+            for place, line in enumerate(lines, 1):  # as editors count
+                if "\0" in line:  # every other byte of UTF-16 without the mark that would show it
+                    fail(f"{path} is not UTF-8: line {place} holds NUL characters; "  # which no text has
+                         "if it is UTF-16, convert it, for example with iconv -f utf-16le -t utf-8")  # from Windows
+                yield line.replace("\r\n", "\n")  # files from Windows
         except UnicodeDecodeError as error:  # Latin-1, UTF-16, a picture
             part = error.object  # the bytes that were being decoded, the last ones read so far
             byte = lines.buffer.tell() - len(part) + error.start  # its place in the file, unpacked, from 0
@@ -794,6 +799,9 @@ def prepare_split(split, rows, tokenizer, args, rebuild):  # one line of report 
         f"{(kept < sizes).sum():,} texts truncated (-{cut:,} tokens), "  # --no_truncation keeps them
         f"{total:,} tokens kept = {chunks:,} chunks of {length:,} + {dropped:,} tokens dropped at the end"  # adds up
     )
+    if cut > 0.2 * sizes.sum():  # a fifth: long documents, of which only the beginnings are learnt
+        say(f"note     truncation takes {cut / sizes.sum():.0%} of the {split} tokens: "  # in proportion it is noticed
+            "--no_truncation keeps them")  # in further chunks
     if chunks == 0:  # as many tokens as are kept make a chunk, also when a shorter length truncates more
         fail(f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: "  # a handful of sentences
              f"add text, or use --max_seq_length {total} or less")  # a length that works
