@@ -2,14 +2,14 @@
 
     python main.py --train_file data/train.jsonl --validation_file data/val.jsonl --bf16
 
-The file reads from top to bottom in the order in which things happen; main() at the end is its table of contents:
+The file is laid out by subject; main() at the end is its table of contents, and calls in this order:
 
-    argv ─ parse_args ─▶ args
-    args ─ load_tokenizer ─▶ tokenizer
-    args ─ load_and_prepare_dataset ─▶ train and validation chunks       (read → tokenize → group_texts)
+    argv ─ Stop, parse_args ─▶ args                                      (from here on signals end the run in order)
+    args ─ make_training_arguments ─▶ training_args                      (several processes meet: Ranks)
+    output_dir ─ find_checkpoint, same_run ─▶ where to go on from
+    args ─ load_tokenizer, load_and_prepare_dataset ─▶ train and validation chunks  (read → tokenize → group_texts)
     args ─ load_model ─▶ float32 weights, sdpa or flash attention
-    args ─ find_checkpoint ─▶ where to go on from
-    all of it ─ Trainer ─▶ checkpoints, TensorBoard ─▶ finished model in output_dir
+    all of it ─ make_trainer, train_and_save ─▶ checkpoints, TensorBoard ─▶ finished model in output_dir
 
 Only the standard library is imported up here: --help and a misspelt flag answer at once, because torch, transformers
 and datasets (six seconds together) are imported by the functions that need them, after the command line was read.
@@ -84,7 +84,7 @@ def nearest(name, names):  # the help that a misspelt name gets
 def number(kind, low, above=False):  # the type of a flag: a wrong value is found before anything heavy is loaded
     """Return a function for argparse that reads a finite int or float (the kind), at least low, or above low."""
 
-    def read(text):  # kind, low and above are remembered
+    def read(text):  # argparse passes the word behind the flag, and reports what it raises
         try:  # "abc", or "1e-3" for an int
             value = kind(text)  # what the flag will hold
         except ValueError:  # not a number of this kind
@@ -92,9 +92,9 @@ def number(kind, low, above=False):  # the type of a flag: a wrong value is foun
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None  # argparse adds the flag's name
         if not low <= value < math.inf or (above and value == low):  # also finds nan, which fails every comparison
             raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # says how
-        return value  # of the right type and size
+        return value  # what args holds under the flag's name
 
-    return read  # called with the text behind the flag
+    return read  # the type= of a flag
 
 
 def trainer_flags():  # as the Trainer's documentation lists them
@@ -194,7 +194,7 @@ def check_args(args):  # what argparse cannot say
     if args.bf16 and args.fp16:  # two autocast types at once
         fail("--bf16 and --fp16 exclude each other: keep --bf16 (A40 and newer GPUs), or --fp16")  # which for what
     if args.seed >= 2**32:  # numpy takes 32 bits
-        fail(f"--seed {args.seed} is too large: choose one below {2**32:,}")  # four billion are left
+        fail(f"--seed {args.seed} is too large: choose one below {2**32:,}")  # numpy would raise after the imports
     if args.use_flash_attention and importlib.util.find_spec("flash_attn") is None:  # the optional package
         fail("--use_flash_attention needs a package: pip install flash-attn --no-build-isolation")  # built from source
     if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:  # the other optional package
@@ -203,7 +203,7 @@ def check_args(args):  # what argparse cannot say
     if args.dataset_name and (args.train_file or args.validation_file):  # which of the two was meant?
         fail("data given twice: use either --dataset_name or --train_file/--validation_file")  # never a silent choice
     if not args.evaluate_only and not (args.dataset_name or args.train_file):  # nothing to train on
-        fail(f"no training data: give --dataset_name NAME or --train_file FILE ({' '.join(FORMATS)})")  # one suffices
+        fail(f"no training data: give --dataset_name NAME or --train_file FILE ({' '.join(FORMATS)})")  # or the hub's
     if args.evaluate_only and not (args.dataset_name or args.validation_file):  # nothing to evaluate on
         fail("--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")  # held-out text
     if args.evaluate_only and args.resume_from_checkpoint:  # a checkpoint is a model, too, and that is what is wanted
@@ -218,7 +218,7 @@ def check_args(args):  # what argparse cannot say
 
     if args.model_name_or_path in MODEL_ALIASES:  # the short name is not a repository on the hub
         published = MODEL_ALIASES[args.model_name_or_path]  # google/gemma-3-270m
-        say(f"{args.model_name_or_path} is published as {published}: using that.")  # the one notice line
+        say(f"{args.model_name_or_path} is published as {published}: using that.")  # no silent swap
         args.model_name_or_path = published  # also what the banner and the errors will name
     model, data = args.model_name_or_path, args.dataset_name or ""  # each a directory or a name on the hub
     for flag, name in (("--model_name_or_path", model), ("--dataset_name", data)):  # the hub is tried for half a minute
@@ -230,12 +230,12 @@ def check_args(args):  # what argparse cannot say
             fail(f"--model_name_or_path {model}: the directory has no config.json; name a saved model")  # a wrong path
         both = ("*.safetensors", "pytorch_model*.bin")  # what weights are called now, and were called once
         if not any(glob.glob(pattern, root_dir=model) for pattern in both):  # a half copy
-            fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # the usual name
+            fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # a copy cut short
 
-    last = args.resume_from_checkpoint = last and (last.rstrip(os.sep) or os.sep)  # its last part is to be its name
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
+    last = args.resume_from_checkpoint = last and (last.rstrip(os.sep) or os.sep)  # its last part is to be its name
     if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
-        fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # perhaps one up
+        fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # a model alone?
     over = os.path.realpath(args.output_dir) == os.path.realpath(model)  # the finished model would replace its base
     if over and not args.evaluate_only:  # which writes no model
         fail(f"--output_dir {args.output_dir} is the model to start from: choose another directory")  # keeps the base
@@ -246,7 +246,7 @@ def check_args(args):  # what argparse cannot say
             fault = "" if os.access(folder, os.W_OK | os.X_OK) else "no permission"  # it may be somebody else's
         except OSError as error:  # FileExistsError, NotADirectoryError, PermissionError, read-only file system, …
             fault = error.strerror  # in the system's words
-        if fault:  # names what to change
+        if fault:  # else the first checkpoint would fail
             fail(f"{flag} {folder}: no files can be written there ({fault}); choose another directory")  # a way on
 
 
@@ -295,18 +295,18 @@ class Ranks:  # made by accelerate launch or torchrun
     def connect(self, args, plan):  # before any work, and before a device is touched
         """Compare all machines, then make the process group. plan (Namespace): the fields of TrainingArguments."""
         import torch.distributed as dist  # has been imported by the Trainer's arguments
-        from accelerate import PartialState  # likewise
+        from accelerate import PartialState  # what the Trainer asks for rank and device
 
         self.tried = True  # a failure from here on is no reason to look for the others once more
         for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # what launchers set beside WORLD_SIZE
             if name not in os.environ:  # each process would train on its own, all of them into one output_dir
-                fail(f"WORLD_SIZE is {self.size}, but {name} is not set: start several processes with "  # one way on
-                     "accelerate launch, or unset WORLD_SIZE for a single one")  # the other one
+                fail(f"WORLD_SIZE is {self.size}, but {name} is not set: start several processes with "  # they set it
+                     "accelerate launch, or unset WORLD_SIZE for a single one")  # left by a batch system
         own = ("given", "trainer_argv", "cache_dir", "preprocessing_num_workers")  # may differ between machines
         facts = {f"--{name}": value for name, value in (vars(args) | vars(plan)).items() if name not in own}  # flags
         facts |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}  # may round …
         facts |= {"main.py": sha256(__file__)[:12], "Python": platform.python_version()}  # … or count differently
-        facts["WORLD_SIZE"] = self.size  # of the launcher
+        facts["WORLD_SIZE"] = self.size  # differs when one node script has another TOTAL_GPUS
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate gives each machine as many, torchrun need not
             facts["processes a machine (--num_processes)"] = os.environ.get("LOCAL_WORLD_SIZE")  # a slip in one total
         cpu = plan.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # asked for by the launcher
@@ -341,7 +341,7 @@ class Ranks:  # made by accelerate launch or torchrun
         if self.rank == 0:  # sets the example
             self.store.set(what, json.dumps([self.name, facts]))  # a few kB
         name, theirs = json.loads(self.store.get(what))  # waits for rank 0
-        other = [f"{key} is {facts.get(key)!r} instead of {theirs.get(key)!r}"  # here; there
+        other = [f"{key} is {facts.get(key)!r} instead of {theirs.get(key)!r}"  # this machine's value, then rank 0's
                  for key in theirs | facts if facts.get(key) != theirs.get(key)]  # None where nothing is known of it
         if other:  # training would hang, or mean nothing
             fail(f"{self.name} differs from {name}: {'; '.join(other)}. All machines need the same")  # command, files
@@ -370,8 +370,8 @@ class Ranks:  # made by accelerate launch or torchrun
 
     def run(self, main):  # around everything
         """Call main(). What ends one of several processes with an error ends all, each machine with its sentence."""
-        try:  # anything may fail
-            main()  # hours
+        try:  # whatever ends this rank has to be told to the others, which would wait for it
+            main()  # the whole run, of which an error comes out here
             self.wait()  # for what rank 0 saves last
             self.over.set()  # ends the thread, for which Python would wait
         except BaseException as error:  # also SystemExit, which fail() raises
@@ -397,10 +397,10 @@ class Ranks:  # made by accelerate launch or torchrun
         with contextlib.suppress(RuntimeError):  # … of which torch may know more in half a minute
             while not store.check(["end"]) and (self.group or time.time() < deadline):  # all is well
                 if self.over.wait(1):  # a second, or until this rank has ended
-                    return  # well
+                    return  # with its work done: there is nobody to end
             end, patience = json.loads(store.compare_set("end", "", json.dumps(end))), 2  # the first one counts
         if self.over.wait(patience):  # this rank may just be ending, too
-            return  # well
+            return  # the main thread has finished, or gives a reason of its own
         self.over.set()  # the main thread need not speak of lost connections any more
         status, machine, name, sentence = end  # of the rank that was the first
         if machine != self.machine and not self.local and sentence != self.said:  # it was not said on this machine
@@ -411,7 +411,7 @@ class Ranks:  # made by accelerate launch or torchrun
         os._exit(status)  # the same on all ranks
 
 
-RANKS = Ranks()  # of this run
+RANKS = Ranks()  # before the command line is read: a wrong flag has to reach the other machines, too
 
 
 # ── Trainer's arguments ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -434,14 +434,14 @@ def make_training_arguments(args):  # the first use of torch
     """
     import torch  # two seconds
     from transformers import HfArgumentParser, TrainingArguments  # four more
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # name → where curves can go
 
     cpu = not torch.cuda.is_available()  # then the same commands run on the CPU, with one notice
     if cpu and (args.fp16 or args.use_flash_attention):  # whose kernels are made for GPUs only
         fail("--fp16 and --use_flash_attention need a GPU; on the CPU use --bf16, or leave them out")  # bf16 is fine
     if cpu:  # slow, but the same training
-        say("No GPU found: training on the CPU.")  # the one notice line
+        say("No GPU found: training on the CPU.")  # else days pass before somebody misses the GPU
     if args.use_flash_attention and not args.fp16:  # its kernels take 16-bit inputs only
-    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # name → where curves can go
         args.bf16 = True  # autocast makes them from the float32 weights
 
     ours = {name: getattr(args, name) for name in trainer_flags() if hasattr(args, name)}  # the Trainer has them, too
@@ -502,6 +502,12 @@ def make_training_arguments(args):  # the first use of torch
         made._n_gpu = 1  # the first one trains; a process for each GPU is the way to use all
         say(f"note     {torch.cuda.device_count()} GPUs are visible, one is used: CUDA_VISIBLE_DEVICES chooses "  # one
             "it, accelerate launch --num_processes N uses several")  # as the README's section on several GPUs says
+    inexact = {"--ignore_data_skip": made.ignore_data_skip,  # starts the epoch again
+               "--train_sampling_strategy": made.train_sampling_strategy not in ("random", "sequential"),  # by length
+               "--accelerator_config": not made.accelerator_config.use_seedable_sampler,  # orders by the global state
+               "--dataloader_persistent_workers": made.dataloader_persistent_workers}  # which outlive an epoch
+    for flag in (flag for flag, given in inexact.items() if given):  # allowed: some data is too large to be skipped
+        say(f"note     {flag}: a stopped run may go on with other data than it would have had")  # no equal weights then
     if made.use_liger_kernel:  # its kernels for the layers are welcome
         ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss would take the place of ours
         made.liger_kernel_config = (made.liger_kernel_config or {}) | ours  # what to replace in the model
@@ -509,12 +515,6 @@ def make_training_arguments(args):  # the first use of torch
 
 
 def run_settings(args, training_args):  # what has to stay the same when a run goes on
-    inexact = {"--ignore_data_skip": made.ignore_data_skip,  # starts the epoch again
-               "--train_sampling_strategy": made.train_sampling_strategy not in ("random", "sequential"),  # by length
-               "--accelerator_config": not made.accelerator_config.use_seedable_sampler,  # orders by the global state
-               "--dataloader_persistent_workers": made.dataloader_persistent_workers}  # which outlive an epoch
-    for flag in (flag for flag, given in inexact.items() if given):  # allowed: some data is too large to be skipped
-        say(f"note     {flag}: a stopped run may go on with other data than it would have had")  # no equal weights then
     """Return {name: value}, as JSON values, of everything that decides the weights a run ends with."""
     flags = vars(args) | training_args.to_dict()  # ours and the Trainer's, defaults included
     plateau = training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")  # the rate follows evaluations
@@ -589,7 +589,7 @@ def load_named_dataset(args, wanted):  # --dataset_name
     name = DATASET_ALIASES.get(args.dataset_name, args.dataset_name)  # the library does not know the old short name
     if name == WIKITEXT and not config:  # the example everybody starts with
         config = WIKITEXT_CONFIG  # the small one
-        say(f"{name}: no --dataset_config_name given, taking {config}.")  # the one notice line
+        say(f"{name}: no --dataset_config_name given, taking {config}.")  # the large one has 50 times as much
     saved = any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))  # by datasets
     if saved and config:  # there is nothing to choose from
         fail(f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # one only
@@ -754,7 +754,7 @@ def read_json(path, column):  # a line at a time, or one array as a whole: for g
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, say: no file can hold it
                 fail(f"{where}: the text has half a character, an escape from \\ud800 to \\udfff "  # how it is written
                      "without its other half; remove it")  # the one way out
-            yield text  # one row
+            yield text  # None is counted as a blank row later
 
 
 def check_column(where, column, columns):  # every source of data needs the column
@@ -820,7 +820,7 @@ def tokenize_texts(texts, tokenizer, eos):  # runs in datasets.map, maybe in sev
     return {"input_ids": [row + eos for row in ids]}  # rows of their own length
 
 
-def group_texts(files, length, truncate):  # packing
+def group_texts(files, length, truncate):  # texts of any length → chunks of one length: no padding is computed
     """Concatenate all texts and yield {"input_ids": chunk}, chunk an int32 array of exactly `length` tokens.
 
     Works on Arrow's buffers through numpy: 12 million tokens take a fraction of a second.
@@ -852,7 +852,7 @@ def load_tokenizer(name, max_seq_length):  # the first thing a model must have
 
     part = ""  # which file of the model is at fault, where the error itself does not say it
     try:  # the first contact with the hub: what is wrong with the access shows here
-        config = AutoConfig.from_pretrained(name)  # a few kB
+        config = AutoConfig.from_pretrained(name)  # a gated or misspelt name fails here, before 536 MB
         cached_file(name, "tokenizer.json")  # raises if there is none: AutoTokenizer would make up an empty tokenizer
         part = " (in its tokenizer.json)"  # from here on it is the tokenizer's fault
         tokenizer = AutoTokenizer.from_pretrained(name)  # 33 MB for Gemma 3
@@ -1210,6 +1210,11 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by whole words of the device's name; MFU is a share of them
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "A40": 149.7,  # the first name that fits
+    "L40S": 362, "L4": 121, "V100": 125, "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155,  # without sparsity
+}
+
 
 def flops_per_token(config, parameters, length):  # for MFU, the share of the device's peak that is used
     """Return the floating-point operations to train on one token: 6 a matrix weight, and causal attention beside them.
@@ -1266,11 +1271,6 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     batch = training_args.train_batch_size * world  # chunks in one forward pass of all processes
     epoch_steps = steps_in_epoch(chunks, training_args)  # of the optimizer
     flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length)  # 1.7e9
-PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by whole words of the device's name; MFU is a share of them
-    "H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "A40": 149.7,  # the first name that fits
-    "L40S": 362, "L4": 121, "V100": 125, "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155,  # without sparsity
-}
-
     peak = peak_flops(training_args)  # of all devices; None on a CPU
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
     group = dist.new_group(backend="gloo") if world > 1 else None  # to agree on stopping, without waiting for a GPU
