@@ -1494,6 +1494,8 @@ def banner(args, training_args, model, train, validation):  # read it before a n
         if training_args.max_steps > 0:  # overrides the epochs
             steps = training_args.max_steps  # -1 where it was not given
         warmup = training_args.get_warmup_steps(steps)  # a fraction below 1 is one of all steps
+        if training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy"):  # start at the peak
+            warmup = 0  # whatever the flag says
         say(  # the second half: the plan
             f"batch    {args.per_device_train_batch_size} per device × {accumulation} accumulation × "  # in turn
             f"{world} = {total:,} chunks = {total * args.max_seq_length:,} tokens a step",  # for which the rate is made
@@ -1501,15 +1503,24 @@ def banner(args, training_args, model, train, validation):  # read it before a n
             f"warm-up {warmup:,} steps",  # from zero to that peak
         )
 
-        if warmup >= steps:  # the default of 500 is made for long runs
-            say(f"note     the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} "  # learns little
-                f"of the learning rate; lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth is usual
-        if chunks < total:  # a handful of texts and the default accumulation
-            say(f"note     all {chunks:,} chunks make less than one step of {total:,}: lower "  # more steps learn more
-                f"--gradient_accumulation_steps to {max(1, chunks // batch)} for a full one")  # what the data fills
-        elif chunks % total:  # nearly always; worth knowing when epochs are short
-            say(f"note     the last step of each epoch has {chunks % total:,} of {total:,} chunks")  # a rougher mean
-        if world > 1 and chunks % batch:  # all processes must make the same forward passes
+        if warmup >= steps:  # the default of 500 is made for long runs; its first step has the rate 0
+            reached = f"it reaches only {(steps - 1) / warmup:.1%} of the learning rate"  # in its last step
+            reached = reached if steps > 1 else "its one step has the learning rate 0 and learns nothing"  # a trial run
+            say(f"note     the run is shorter than its warm-up: {reached}; "  # surely not meant
+                f"lower --warmup_steps, to {steps // 10} for example")  # a tenth is usual
+        drop = training_args.dataloader_drop_last  # the Trainer's flag: a forward pass is full or is not made
+        used = chunks - chunks % batch if drop else chunks  # in each epoch, not always the same ones
+        if used == 0:  # the Trainer would make steps of nothing
+            fail(f"--dataloader_drop_last leaves nothing to train on: all {chunks:,} chunks make no batch of "  # say
+                 f"{batch:,}; leave it out, or lower --per_device_train_batch_size")  # two ways on
+        if used < total:  # a handful of texts and the default accumulation
+            say(f"note     all {used:,} chunks make less than one step of {total:,}: lower "  # more steps learn more
+                f"--gradient_accumulation_steps to {max(1, used // batch)} for a full one")  # what the data fills
+        elif used % total:  # nearly always; worth knowing when epochs are short
+            say(f"note     the last step of each epoch has {used % total:,} of {total:,} chunks")  # a rougher mean
+        if used < chunks:  # others in the next epoch
+            say(f"note     {chunks - used:,} chunks are left out of each epoch: --dataloader_drop_last")  # as asked for
+        elif world > 1 and chunks % batch:  # all processes must make the same forward passes
             again = batch - chunks % batch  # the first ones of the epoch, in its last pass
             say(f"note     {again:,} chunks are trained on twice an epoch, to give every process as many")  # a few
         if validation is None and "--eval_steps" in args.given:  # a flag that has no effect
