@@ -212,7 +212,7 @@ def check_args(args):  # what argparse cannot say
     trained = [name for pattern in ("manifest.json", "checkpoint-[0-9]*")  # what a training run leaves
                for name in glob.glob(pattern, root_dir=args.output_dir)]  # [] where there is no directory yet
     if args.evaluate_only and trained:  # the evaluation's all_results.json would replace that run's
-        fail(f"--output_dir {args.output_dir} holds a training run: choose another --output_dir for --do_eval")  # new
+        fail(f"--output_dir {args.output_dir} holds a training run: choose another for --do_eval")  # keeps its numbers
     args.train_file = find_files("--train_file", args.train_file)  # a list of existing, readable files
     args.validation_file = find_files("--validation_file", args.validation_file)  # an empty one where none was given
 
@@ -1511,7 +1511,7 @@ def banner(args, training_args, model, train, validation):  # read it before a n
         drop = training_args.dataloader_drop_last  # the Trainer's flag: a forward pass is full or is not made
         used = chunks - chunks % batch if drop else chunks  # in each epoch, not always the same ones
         if used == 0:  # the Trainer would make steps of nothing
-            fail(f"--dataloader_drop_last leaves nothing to train on: all {chunks:,} chunks make no batch of "  # say
+            fail(f"--dataloader_drop_last leaves nothing to train on: {chunks:,} chunks make no batch of "  # so few
                  f"{batch:,}; leave it out, or lower --per_device_train_batch_size")  # two ways on
         if used < total:  # a handful of texts and the default accumulation
             say(f"note     all {used:,} chunks make less than one step of {total:,}: lower "  # more steps learn more

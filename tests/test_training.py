@@ -227,7 +227,7 @@ def test_do_eval_alone_leaves_a_training_run_alone(finished):
     output, _, texts, _ = finished
     before = (output / "all_results.json").read_text()
     done = run("--do_eval", "--model_name_or_path", output, "--validation_file", texts[1], "--output_dir", output)
-    assert done.status == 2 and "choose another --output_dir" in done.err, done.err
+    assert done.status == 2 and "choose another for --do_eval" in done.err, done.err
     assert (output / "all_results.json").read_text() == before
 
 
