@@ -2,14 +2,14 @@
 
     python main.py --train_file data/train.jsonl --validation_file data/val.jsonl --bf16
 
-The file reads from top to bottom in the order in which things happen; main() at the end is its table of contents:
+The file is laid out by subject; main() at the end is its table of contents, and calls in this order:
 
-    argv ─ parse_args ─▶ args
-    args ─ load_tokenizer ─▶ tokenizer
-    args ─ load_and_prepare_dataset ─▶ train and validation chunks       (read → tokenize → group_texts)
+    argv ─ Stop, parse_args ─▶ args                                      (from here on signals end the run in order)
+    args ─ make_training_arguments ─▶ training_args                      (several processes meet: Ranks)
+    output_dir ─ find_checkpoint, same_run ─▶ where to go on from
+    args ─ load_tokenizer, load_and_prepare_dataset ─▶ train and validation chunks  (read → tokenize → group_texts)
     args ─ load_model ─▶ float32 weights, sdpa or flash attention
-    args ─ find_checkpoint ─▶ where to go on from
-    all of it ─ Trainer ─▶ checkpoints, TensorBoard ─▶ finished model in output_dir
+    all of it ─ make_trainer, train_and_save ─▶ checkpoints, TensorBoard ─▶ finished model in output_dir
 
 Only the standard library is imported up here: --help and a misspelt flag answer at once, because torch, transformers
 and datasets (six seconds together) are imported by the functions that need them, after the command line was read.
@@ -47,14 +47,6 @@ WIKITEXT = "Salesforce/wikitext"  # the one hub data set for which a configurati
 DATASET_ALIASES = {"wikitext": WIKITEXT}  # as it was called when names had no owner
 WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words, untouched text: trains in an evening on one GPU
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files; each also with .gz behind it
-PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by a part of the device's name; MFU is measured against them
-    "H100 PCIe": 756, "H100": 989, "H200": 989, "A100": 312, "A40": 149.7, "L40S": 362, "L4": 121,  # server
-    "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155, "V100": 125,  # desktop; the first name that fits counts
-}
-LOSS_MEMORY = {"cuda": 2.2e9, "cpu": 0.2e9}  # bytes for the logits of a chunk: of 4,096, or 380, tokens in 16 bits
-SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens of a chunk in float32 at a time: 0.3 GB, or what the C library reuses
-VOCABULARY_PART = 32_768  # words that are multiplied at a time: an eighth of Gemma's, 42 MB in 16 bits
-TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
     "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double "  # fewer activations at a time …
     "--gradient_accumulation_steps: the same training; "  # … and the same effective batch
@@ -79,9 +71,9 @@ def fail(message, status=2):  # every error that the user can mend ends the run 
 
 
 def nearest(name, names):  # the help that a misspelt name gets
-    """Return a hint such as ' (did you mean text?)' for the closest of names, or an empty string."""
+    """Return a hint such as " (did you mean 'text'?)" for the closest of names, or an empty string."""
     close = difflib.get_close_matches(name, names, n=1)  # similarity of at least 0.6, else nothing
-    return f" (did you mean {close[0]}?)" if close else ""  # stands right behind the wrong name in a sentence
+    return f" (did you mean {close[0]!r}?)" if close else ""  # stands right behind the wrong name in a sentence
 
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -90,7 +82,7 @@ def nearest(name, names):  # the help that a misspelt name gets
 def number(kind, low, above=False):  # the type of a flag: a wrong value is found before anything heavy is loaded
     """Return a function for argparse that reads a finite int or float (the kind), at least low, or above low."""
 
-    def read(text):  # kind, low and above are remembered
+    def read(text):  # argparse passes the word behind the flag, and reports what it raises
         try:  # "abc", or "1e-3" for an int
             value = kind(text)  # what the flag will hold
         except ValueError:  # not a number of this kind
@@ -98,9 +90,9 @@ def number(kind, low, above=False):  # the type of a flag: a wrong value is foun
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None  # argparse adds the flag's name
         if not low <= value < math.inf or (above and value == low):  # also finds nan, which fails every comparison
             raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # says how
-        return value  # of the right type and size
+        return value  # what args holds under the flag's name
 
-    return read  # called with the text behind the flag
+    return read  # the type= of a flag
 
 
 def trainer_flags():  # as the Trainer's documentation lists them
@@ -200,7 +192,7 @@ def check_args(args):  # what argparse cannot say
     if args.bf16 and args.fp16:  # two autocast types at once
         fail("--bf16 and --fp16 exclude each other: keep --bf16 (A40 and newer GPUs), or --fp16")  # which for what
     if args.seed >= 2**32:  # numpy takes 32 bits
-        fail(f"--seed {args.seed} is too large: choose one below {2**32:,}")  # four billion are left
+        fail(f"--seed {args.seed} is too large: choose one below {2**32:,}")  # numpy would raise after the imports
     if args.use_flash_attention and importlib.util.find_spec("flash_attn") is None:  # the optional package
         fail("--use_flash_attention needs a package: pip install flash-attn --no-build-isolation")  # built from source
     if "wandb" in args.report_to and importlib.util.find_spec("wandb") is None:  # the other optional package
@@ -209,15 +201,22 @@ def check_args(args):  # what argparse cannot say
     if args.dataset_name and (args.train_file or args.validation_file):  # which of the two was meant?
         fail("data given twice: use either --dataset_name or --train_file/--validation_file")  # never a silent choice
     if not args.evaluate_only and not (args.dataset_name or args.train_file):  # nothing to train on
-        fail(f"no training data: give --dataset_name NAME or --train_file FILE ({' '.join(FORMATS)})")  # one suffices
+        fail(f"no training data: give --dataset_name NAME or --train_file FILE ({' '.join(FORMATS)})")  # or the hub's
     if args.evaluate_only and not (args.dataset_name or args.validation_file):  # nothing to evaluate on
-        fail("--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")  # one suffices
+        fail("--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")  # held-out text
+    if args.evaluate_only and args.resume_from_checkpoint:  # a checkpoint is a model, too, and that is what is wanted
+        fail("--resume_from_checkpoint goes on with training, which --do_eval alone does not: "  # measure it by
+             f"--model_name_or_path {args.resume_from_checkpoint}")  # the one flag for a model of any origin
+    trained = [name for pattern in ("manifest.json", "checkpoint-[0-9]*")  # what a training run leaves
+               for name in glob.glob(pattern, root_dir=args.output_dir)]  # [] where there is no directory yet
+    if args.evaluate_only and trained:  # the evaluation's all_results.json would replace that run's
+        fail(f"--output_dir {args.output_dir} holds a training run: choose another for --do_eval")  # keeps its numbers
     args.train_file = find_files("--train_file", args.train_file)  # a list of existing, readable files
     args.validation_file = find_files("--validation_file", args.validation_file)  # an empty one where none was given
 
     if args.model_name_or_path in MODEL_ALIASES:  # the short name is not a repository on the hub
         published = MODEL_ALIASES[args.model_name_or_path]  # google/gemma-3-270m
-        say(f"{args.model_name_or_path} is published as {published}: using that.")  # the one notice line
+        say(f"{args.model_name_or_path} is published as {published}: using that.")  # no silent swap
         args.model_name_or_path = published  # also what the banner and the errors will name
     model, data = args.model_name_or_path, args.dataset_name or ""  # each a directory or a name on the hub
     for flag, name in (("--model_name_or_path", model), ("--dataset_name", data)):  # the hub is tried for half a minute
@@ -229,11 +228,12 @@ def check_args(args):  # what argparse cannot say
             fail(f"--model_name_or_path {model}: the directory has no config.json; name a saved model")  # a wrong path
         both = ("*.safetensors", "pytorch_model*.bin")  # what weights are called now, and were called once
         if not any(glob.glob(pattern, root_dir=model) for pattern in both):  # a half copy
-            fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # the usual name
+            fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # a copy cut short
 
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
+    last = args.resume_from_checkpoint = last and (last.rstrip(os.sep) or os.sep)  # its last part is to be its name
     if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
-        fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # perhaps one up
+        fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # a model alone?
     over = os.path.realpath(args.output_dir) == os.path.realpath(model)  # the finished model would replace its base
     if over and not args.evaluate_only:  # which writes no model
         fail(f"--output_dir {args.output_dir} is the model to start from: choose another directory")  # keeps the base
@@ -244,7 +244,7 @@ def check_args(args):  # what argparse cannot say
             fault = "" if os.access(folder, os.W_OK | os.X_OK) else "no permission"  # it may be somebody else's
         except OSError as error:  # FileExistsError, NotADirectoryError, PermissionError, read-only file system, …
             fault = error.strerror  # in the system's words
-        if fault:  # names what to change
+        if fault:  # else the first checkpoint would fail
             fail(f"{flag} {folder}: no files can be written there ({fault}); choose another directory")  # a way on
 
 
@@ -293,18 +293,18 @@ class Ranks:  # made by accelerate launch or torchrun
     def connect(self, args, plan):  # before any work, and before a device is touched
         """Compare all machines, then make the process group. plan (Namespace): the fields of TrainingArguments."""
         import torch.distributed as dist  # has been imported by the Trainer's arguments
-        from accelerate import PartialState  # likewise
+        from accelerate import PartialState  # what the Trainer asks for rank and device
 
         self.tried = True  # a failure from here on is no reason to look for the others once more
         for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # what launchers set beside WORLD_SIZE
             if name not in os.environ:  # each process would train on its own, all of them into one output_dir
-                fail(f"WORLD_SIZE is {self.size}, but {name} is not set: start several processes with "  # one way on
-                     "accelerate launch, or unset WORLD_SIZE for a single one")  # the other one
+                fail(f"WORLD_SIZE is {self.size}, but {name} is not set: start several processes with "  # they set it
+                     "accelerate launch, or unset WORLD_SIZE for a single one")  # left by a batch system
         own = ("given", "trainer_argv", "cache_dir", "preprocessing_num_workers")  # may differ between machines
         facts = {f"--{name}": value for name, value in (vars(args) | vars(plan)).items() if name not in own}  # flags
         facts |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}  # may round …
         facts |= {"main.py": sha256(__file__)[:12], "Python": platform.python_version()}  # … or count differently
-        facts["WORLD_SIZE"] = self.size  # of the launcher
+        facts["WORLD_SIZE"] = self.size  # differs when one node script has another TOTAL_GPUS
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate gives each machine as many, torchrun need not
             facts["processes a machine (--num_processes)"] = os.environ.get("LOCAL_WORLD_SIZE")  # a slip in one total
         cpu = plan.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # asked for by the launcher
@@ -339,7 +339,7 @@ class Ranks:  # made by accelerate launch or torchrun
         if self.rank == 0:  # sets the example
             self.store.set(what, json.dumps([self.name, facts]))  # a few kB
         name, theirs = json.loads(self.store.get(what))  # waits for rank 0
-        other = [f"{key} is {facts.get(key)!r} instead of {theirs.get(key)!r}"  # here; there
+        other = [f"{key} is {facts.get(key)!r} instead of {theirs.get(key)!r}"  # this machine's value, then rank 0's
                  for key in theirs | facts if facts.get(key) != theirs.get(key)]  # None where nothing is known of it
         if other:  # training would hang, or mean nothing
             fail(f"{self.name} differs from {name}: {'; '.join(other)}. All machines need the same")  # command, files
@@ -368,8 +368,8 @@ class Ranks:  # made by accelerate launch or torchrun
 
     def run(self, main):  # around everything
         """Call main(). What ends one of several processes with an error ends all, each machine with its sentence."""
-        try:  # anything may fail
-            main()  # hours
+        try:  # whatever ends this rank has to be told to the others, which would wait for it
+            main()  # the whole run, of which an error comes out here
             self.wait()  # for what rank 0 saves last
             self.over.set()  # ends the thread, for which Python would wait
         except BaseException as error:  # also SystemExit, which fail() raises
@@ -395,10 +395,10 @@ class Ranks:  # made by accelerate launch or torchrun
         with contextlib.suppress(RuntimeError):  # … of which torch may know more in half a minute
             while not store.check(["end"]) and (self.group or time.time() < deadline):  # all is well
                 if self.over.wait(1):  # a second, or until this rank has ended
-                    return  # well
+                    return  # with its work done: there is nobody to end
             end, patience = json.loads(store.compare_set("end", "", json.dumps(end))), 2  # the first one counts
         if self.over.wait(patience):  # this rank may just be ending, too
-            return  # well
+            return  # the main thread has finished, or gives a reason of its own
         self.over.set()  # the main thread need not speak of lost connections any more
         status, machine, name, sentence = end  # of the rank that was the first
         if machine != self.machine and not self.local and sentence != self.said:  # it was not said on this machine
@@ -409,7 +409,7 @@ class Ranks:  # made by accelerate launch or torchrun
         os._exit(status)  # the same on all ranks
 
 
-RANKS = Ranks()  # of this run
+RANKS = Ranks()  # before the command line is read: a wrong flag has to reach the other machines, too
 
 
 # ── Trainer's arguments ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -432,12 +432,13 @@ def make_training_arguments(args):  # the first use of torch
     """
     import torch  # two seconds
     from transformers import HfArgumentParser, TrainingArguments  # four more
+    from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # name → where curves can go
 
     cpu = not torch.cuda.is_available()  # then the same commands run on the CPU, with one notice
     if cpu and (args.fp16 or args.use_flash_attention):  # whose kernels are made for GPUs only
         fail("--fp16 and --use_flash_attention need a GPU; on the CPU use --bf16, or leave them out")  # bf16 is fine
     if cpu:  # slow, but the same training
-        say("No GPU found: training on the CPU.")  # the one notice line
+        say("No GPU found: training on the CPU.")  # else days pass before somebody misses the GPU
     if args.use_flash_attention and not args.fp16:  # its kernels take 16-bit inputs only
         args.bf16 = True  # autocast makes them from the float32 weights
 
@@ -457,11 +458,35 @@ def make_training_arguments(args):  # the first use of torch
         fail(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # the first one
     if plan.max_steps < 1 and plan.max_steps != -1:  # -1 is the Trainer's "not given"
         fail(f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")  # 0 too
-    for name in ("save_only_model", "enable_jit_checkpoint", "save_on_each_node"):  # the Trainer's, none of them whole
-        if getattr(plan, name):  # no optimizer; a partial final model; no weights on other nodes
-            fail(f"--{name} makes checkpoints that no run can go on from: leave it out")  # ours need none of them
-    if plan.ignore_data_skip:  # for data too large to skip over; ours takes seconds
-        say("note     --ignore_data_skip: a stopped run will not go on with the data it had not seen yet")  # allowed
+    partial = "makes checkpoints that no run can go on from"  # without the optimizer, or in a part for each process
+    for name, fault in {  # flags of the Trainer that are off by default
+        "save_only_model": partial, "enable_jit_checkpoint": partial, "save_on_each_node": partial,  # checkpoints
+        "fsdp": partial, "deepspeed": partial,  # for models that one GPU cannot hold; accelerate config has them, too
+        "auto_find_batch_size": "changes the effective batch in the middle of a run",  # when the GPU is full
+        "batch_eval_metrics": "leaves no loss of each chunk to make the mean of",  # as each has to count once
+    }.items():  # what the README promises would not hold any more
+        if getattr(plan, name) or os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true":  # the launcher's word
+            fail(f"--{name} {fault}: leave it out")  # this model of 1 GB needs none of them
+    if not plan.eval_do_concat_batches:  # a switch that is on by default
+        fail("--eval_do_concat_batches False leaves no mean over all chunks: leave it out")  # only a list of batches
+    for name in ("load_best_model_at_end", "eval_on_start"):  # both measure
+        if getattr(plan, name) and not (args.validation_file or args.dataset_name):  # a data set may have a split
+            fail(f"--{name} needs validation data: give --validation_file")  # before minutes of work
+    when = [(plan.save_strategy, plan.save_strategy == "steps" and plan.save_steps),  # of checkpoints …
+            (plan.eval_strategy, plan.eval_strategy == "steps" and plan.eval_steps)]  # … and of evaluations
+    if plan.load_best_model_at_end and when[0] != when[1]:  # the best one could be in no checkpoint
+        fail("--load_best_model_at_end needs a checkpoint of each evaluation: make --save_strategy equal to "  # when …
+             "--eval_strategy, and --save_steps to --eval_steps")  # … and how often
+    measure = plan.metric_for_best_model  # None is the Trainer's "loss"
+    if measure not in (None, "loss", "eval_loss", "perplexity", "eval_perplexity"):  # all that an evaluation reports
+        fail(f"--metric_for_best_model {measure}: choose loss or perplexity")  # else found at the first evaluation
+    if measure and "perplexity" in measure and plan.greater_is_better is None:  # the Trainer knows only a loss by name
+        plan.greater_is_better = False  # it would load the worst model
+    known = ["none", "all", *INTEGRATION_TO_CALLBACK]  # where the Trainer can report to
+    for name in args.report_to:  # one after the other
+        if name not in known or (name in ("none", "all") and len(args.report_to) > 1):  # misspelt, or contradictory
+            fail(f"--report_to {name}{nearest(name, known)}: give none or all alone, or some of "  # before the data
+                 f"{', '.join(known[2:])}")  # tensorboard, wandb, mlflow, …
 
     if RANKS.size > 1:  # TrainingArguments look for a process group, and touch the device
         RANKS.connect(args, plan)  # compares what the machines are about to do
@@ -475,6 +500,12 @@ def make_training_arguments(args):  # the first use of torch
         made._n_gpu = 1  # the first one trains; a process for each GPU is the way to use all
         say(f"note     {torch.cuda.device_count()} GPUs are visible, one is used: CUDA_VISIBLE_DEVICES chooses "  # one
             "it, accelerate launch --num_processes N uses several")  # as the README's section on several GPUs says
+    inexact = {"--ignore_data_skip": made.ignore_data_skip,  # starts the epoch again
+               "--train_sampling_strategy": made.train_sampling_strategy not in ("random", "sequential"),  # by length
+               "--accelerator_config": not made.accelerator_config.use_seedable_sampler,  # orders by the global state
+               "--dataloader_persistent_workers": made.dataloader_persistent_workers}  # which outlive an epoch
+    for flag in (flag for flag, given in inexact.items() if given):  # allowed: some data is too large to be skipped
+        say(f"note     {flag}: a stopped run may go on with other data than it would have had")  # no equal weights then
     if made.use_liger_kernel:  # its kernels for the layers are welcome
         ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss would take the place of ours
         made.liger_kernel_config = (made.liger_kernel_config or {}) | ours  # what to replace in the model
@@ -484,17 +515,26 @@ def make_training_arguments(args):  # the first use of torch
 def run_settings(args, training_args):  # what has to stay the same when a run goes on
     """Return {name: value}, as JSON values, of everything that decides the weights a run ends with."""
     flags = vars(args) | training_args.to_dict()  # ours and the Trainer's, defaults included
-    settings = {name: value for name, value in flags.items() if not name.startswith(HARMLESS)}  # about 70
+    plateau = training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")  # the rate follows evaluations
+    decisive = ("validation_file", "max_eval_samples", "eval_", "save_st")  # save_strategy, save_steps
+    decisive = decisive if plateau or training_args.load_best_model_at_end else ()  # else looking changes no weight
+    settings = {name: value for name, value in flags.items()  # about 70
+                if not name.startswith(HARMLESS) or name.startswith(decisive)}  # of the run as it is asked for
     settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # of the launcher
-    settings["train_file"] = [f"{os.path.basename(path)} ({os.path.getsize(path):,} bytes)"  # its folder may change
-                              for path in args.train_file]  # a quick look: digests() compares every token
-    settings["model_name_or_path"] = os.path.basename(args.model_name_or_path.rstrip(os.sep))  # likewise
+    for name in {"train_file", "validation_file"} & settings.keys():  # a quick look: digests() compares every token
+        settings[name] = [f"{os.path.basename(path)} ({os.path.getsize(path):,} bytes)"  # its folder may change
+                          for path in flags[name]]  # in their order
+    settings["model_name_or_path"] = os.path.basename(args.model_name_or_path.rstrip(os.sep))  # may have moved, too
     return json.loads(json.dumps(settings, default=str))  # tuples become lists, as they will be in the manifest
 
 
 def digests(model, train):  # what no flag says
-    """Return {"model": …, "train_data": …}: SHA-256 of the weights before training, and of all training tokens."""
-    weights, tokens = hashlib.sha256(), hashlib.sha256()  # a second for 1 GB of either
+    """Return {"model": …, "train_data": …}: SHA-256 of config and weights before training, and of all its tokens."""
+    config = model.config.to_dict()  # what the weights do: a softcap, the width of a sliding window, …
+    for name in ("transformers_version", "_name_or_path", "use_cache", "dtype"):  # where from and how saved
+        config.pop(name, None)  # not what is learnt
+    weights = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())  # then the weights themselves
+    tokens = hashlib.sha256()  # a second for 1 GB of either
     for weight in model.parameters():  # also finds a model directory that was changed in between
         weights.update(weight.detach().numpy().data)  # its bytes; float32, still on the CPU
     for chunks in train.data.column("input_ids").chunks:  # Arrow arrays in memory-mapped files
@@ -503,6 +543,8 @@ def digests(model, train):  # what no flag says
 
 
 # ── Data: read → tokenize → group_texts ──────────────────────────────────────────────────────────────────────────────
+
+TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer: its working memory is about 100 times that
 
 
 def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # text in, chunks out
@@ -545,7 +587,7 @@ def load_named_dataset(args, wanted):  # --dataset_name
     name = DATASET_ALIASES.get(args.dataset_name, args.dataset_name)  # the library does not know the old short name
     if name == WIKITEXT and not config:  # the example everybody starts with
         config = WIKITEXT_CONFIG  # the small one
-        say(f"{name}: no --dataset_config_name given, taking {config}.")  # the one notice line
+        say(f"{name}: no --dataset_config_name given, taking {config}.")  # the large one has 50 times as much
     saved = any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))  # by datasets
     if saved and config:  # there is nothing to choose from
         fail(f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # one only
@@ -647,7 +689,11 @@ def read_lines(path):  # a generator, too: a file may be larger than memory
     unpack = gzip.open if path.endswith(".gz") else open  # they take the same arguments
     with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as lines:  # sig: without the mark that Excel puts first
         try:  # newline: a line ends at \n only, for every reader of JSON lines
-            yield from (line.replace("\r\n", "\n") for line in lines)  # files from Windows
+            for place, line in enumerate(lines, 1):  # as editors count
+                if "\0" in line:  # every other byte of UTF-16 without the mark that would show it
+                    fail(f"{path} is not UTF-8: line {place} holds NUL characters; "  # which no text has
+                         "if it is UTF-16, convert it, for example with iconv -f utf-16le -t utf-8")  # from Windows
+                yield line.replace("\r\n", "\n")  # files from Windows
         except UnicodeDecodeError as error:  # Latin-1, UTF-16, a picture
             part = error.object  # the bytes that were being decoded, the last ones read so far
             byte = lines.buffer.tell() - len(part) + error.start  # its place in the file, unpacked, from 0
@@ -706,7 +752,7 @@ def read_json(path, column):  # a line at a time, or one array as a whole: for g
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, say: no file can hold it
                 fail(f"{where}: the text has half a character, an escape from \\ud800 to \\udfff "  # how it is written
                      "without its other half; remove it")  # the one way out
-            yield text  # one row
+            yield text  # None is counted as a blank row later
 
 
 def check_column(where, column, columns):  # every source of data needs the column
@@ -751,6 +797,9 @@ def prepare_split(split, rows, tokenizer, args, rebuild):  # one line of report 
         f"{(kept < sizes).sum():,} texts truncated (-{cut:,} tokens), "  # --no_truncation keeps them
         f"{total:,} tokens kept = {chunks:,} chunks of {length:,} + {dropped:,} tokens dropped at the end"  # adds up
     )
+    if cut > 0.2 * sizes.sum():  # a fifth: long documents, of which only the beginnings are learnt
+        say(f"note     truncation takes {cut / sizes.sum():.0%} of the {split} tokens: "  # in proportion it is noticed
+            "--no_truncation keeps them")  # in further chunks
     if chunks == 0:  # as many tokens as are kept make a chunk, also when a shorter length truncates more
         fail(f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: "  # a handful of sentences
              f"add text, or use --max_seq_length {total} or less")  # a length that works
@@ -769,7 +818,7 @@ def tokenize_texts(texts, tokenizer, eos):  # runs in datasets.map, maybe in sev
     return {"input_ids": [row + eos for row in ids]}  # rows of their own length
 
 
-def group_texts(files, length, truncate):  # packing
+def group_texts(files, length, truncate):  # texts of any length → chunks of one length: no padding is computed
     """Concatenate all texts and yield {"input_ids": chunk}, chunk an int32 array of exactly `length` tokens.
 
     Works on Arrow's buffers through numpy: 12 million tokens take a fraction of a second.
@@ -801,7 +850,7 @@ def load_tokenizer(name, max_seq_length):  # the first thing a model must have
 
     part = ""  # which file of the model is at fault, where the error itself does not say it
     try:  # the first contact with the hub: what is wrong with the access shows here
-        config = AutoConfig.from_pretrained(name)  # a few kB
+        config = AutoConfig.from_pretrained(name)  # a gated or misspelt name fails here, before 536 MB
         cached_file(name, "tokenizer.json")  # raises if there is none: AutoTokenizer would make up an empty tokenizer
         part = " (in its tokenizer.json)"  # from here on it is the tokenizer's fault
         tokenizer = AutoTokenizer.from_pretrained(name)  # 33 MB for Gemma 3
@@ -827,7 +876,7 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
     try:  # the weights: 536 MB from the hub at the first time
         model, report = AutoModelForCausalLM.from_pretrained(  # memory-maps the file, then copies
             name,  # hub name or directory
-            dtype=torch.bfloat16 if flash_attention else torch.float32,  # Flash Attention wants to be loaded so
+            dtype=torch.float32,  # also for Flash Attention, which warns of it: a finished model must not be rounded
             attn_implementation="flash_attention_2" if flash_attention else "sdpa",  # sdpa: PyTorch's fused kernels
             ignore_mismatched_sizes=True,  # do not raise for a wrong shape: the report lists it
             output_loading_info=True,  # also tell which weights the file lacked
@@ -837,10 +886,8 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # absent, or odd
     if wrong:  # transformers fills them with random numbers and a warning
         fail(f"--model_name_or_path {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # a bad copy
-    model.float()  # masters; changes nothing unless loaded as bfloat16
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
         model.resize_token_embeddings(len(tokenizer))  # the head is tied to the embedding and grows with it
-    model.config.use_cache = False  # keys and values of past tokens are for generation: in training only a waste
     return model  # the Trainer moves it to the device
 
 
@@ -1072,6 +1119,11 @@ def rotate(output_dir, limit, keep):  # after the new one is safe
 # much in the float32 of the softmax. So the loss goes through the tokens in chunks and never keeps the logits of one.
 
 
+LOSS_MEMORY = {"cuda": 2.2e9, "cpu": 0.2e9}  # bytes for the logits of a chunk: of 4,096, or 380, tokens in 16 bits
+SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens of a chunk in float32 at a time: 0.3 GB, or what the C library reuses
+VOCABULARY_PART = 32_768  # words that are multiplied at a time: an eighth of Gemma's, 42 MB in 16 bits
+
+
 def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain function: no graph is recorded in here
     """Return −log p(label) of every token, and the gradients of their sum with respect to hidden and weight.
 
@@ -1208,6 +1260,11 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+PEAKS = {  # dense 16-bit TFLOP/s that the makers state, by whole words of the device's name; MFU is a share of them
+    "H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "A40": 149.7,  # the first name that fits
+    "L40S": 362, "L4": 121, "V100": 125, "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155,  # without sparsity
+}
+
 
 def flops_per_token(config, parameters, length):  # for MFU, the share of the device's peak that is used
     """Return the floating-point operations to train on one token: 6 a matrix weight, and causal attention beside them.
@@ -1231,7 +1288,7 @@ def peak_flops(training_args):  # what the processes could do at best
     if training_args.device.type != "cuda" or training_args.mixed_precision == "no":  # float32 has another peak
         return None  # rather than a share of a number that does not apply
     name = torch.cuda.get_device_name(training_args.device)  # "NVIDIA A40"
-    peaks = [PEAKS[part] for part in PEAKS if part in name]  # TFLOP/s of one device
+    peaks = [PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b", name)]  # by whole words: an A4000 is no A40
     return peaks[0] * 1e12 * training_args.world_size if peaks else None  # of all together
 
 
@@ -1526,6 +1583,8 @@ def banner(args, training_args, model, train, validation):  # read it before a n
         if training_args.max_steps > 0:  # overrides the epochs
             steps = training_args.max_steps  # -1 where it was not given
         warmup = training_args.get_warmup_steps(steps)  # a fraction below 1 is one of all steps
+        if training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy"):  # start at the peak
+            warmup = 0  # whatever the flag says
         say(  # the second half: the plan
             f"batch    {args.per_device_train_batch_size} per device × {accumulation} accumulation × "  # in turn
             f"{world} = {total:,} chunks = {total * args.max_seq_length:,} tokens a step",  # for which the rate is made
@@ -1533,15 +1592,24 @@ def banner(args, training_args, model, train, validation):  # read it before a n
             f"warm-up {warmup:,} steps",  # from zero to that peak
         )
 
-        if warmup >= steps:  # the default of 500 is made for long runs
-            say(f"note     the run is shorter than its warm-up: it reaches only {steps / warmup:.0%} "  # learns little
-                f"of the learning rate; lower --warmup_steps, to {max(1, steps // 10)} for example")  # a tenth is usual
-        if chunks < total:  # a handful of texts and the default accumulation
-            say(f"note     all {chunks:,} chunks make less than one step of {total:,}: lower "  # more steps learn more
-                f"--gradient_accumulation_steps to {max(1, chunks // batch)} for a full one")  # what the data fills
-        elif chunks % total:  # nearly always; worth knowing when epochs are short
-            say(f"note     the last step of each epoch has {chunks % total:,} of {total:,} chunks")  # a rougher mean
-        if world > 1 and chunks % batch:  # all processes must make the same forward passes
+        if warmup >= steps:  # the default of 500 is made for long runs; its first step has the rate 0
+            reached = f"it reaches only {(steps - 1) / warmup:.1%} of the learning rate"  # in its last step
+            reached = reached if steps > 1 else "its one step has the learning rate 0 and learns nothing"  # a trial run
+            say(f"note     the run is shorter than its warm-up: {reached}; "  # surely not meant
+                f"lower --warmup_steps, to {steps // 10} for example")  # a tenth is usual
+        drop = training_args.dataloader_drop_last  # the Trainer's flag: a forward pass is full or is not made
+        used = chunks - chunks % batch if drop else chunks  # in each epoch, not always the same ones
+        if used == 0:  # the Trainer would make steps of nothing
+            fail(f"--dataloader_drop_last leaves nothing to train on: {chunks:,} chunks make no batch of "  # so few
+                 f"{batch:,}; leave it out, or lower --per_device_train_batch_size")  # two ways on
+        if used < total:  # a handful of texts and the default accumulation
+            say(f"note     all {used:,} chunks make less than one step of {total:,}: lower "  # more steps learn more
+                f"--gradient_accumulation_steps to {max(1, used // batch)} for a full one")  # what the data fills
+        elif used % total:  # nearly always; worth knowing when epochs are short
+            say(f"note     the last step of each epoch has {used % total:,} of {total:,} chunks")  # a rougher mean
+        if used < chunks:  # others in the next epoch
+            say(f"note     {chunks - used:,} chunks are left out of each epoch: --dataloader_drop_last")  # as asked for
+        elif world > 1 and chunks % batch:  # all processes must make the same forward passes
             again = batch - chunks % batch  # the first ones of the epoch, in its last pass
             say(f"note     {again:,} chunks are trained on twice an epoch, to give every process as many")  # a few
         if validation is None and "--eval_steps" in args.given:  # a flag that has no effect

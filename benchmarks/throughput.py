@@ -265,7 +265,7 @@ def compare(args):
         setattr(args, name, getattr(args, name) or usual)
     args.rounds, args.warmup = 1 if args.quick else args.rounds, max(1, args.steps // 5)
     facts, _ = ask("prepare", args)
-    peak = next((tera for part, tera in facts["peaks"].items() if part in machine["device"]), None)
+    peak = next((tera for part, tera in facts["peaks"].items() if re.search(rf"\b{part}\b", machine["device"])), None)
     facts |= {"import": 0 if args.gpu else base, "peak": peak if args.gpu else None}
     free = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
     limit = None if args.gpu else args.memory or free  # so that the kernel has no reason to kill anybody

@@ -85,7 +85,26 @@ CALLS = {
     ),
     "best model, saved when not evaluated": (
         GOOD + "--validation_file {train} --load_best_model_at_end --save_steps 3 --eval_steps 2",
-        "--load_best_model_at_end", "multiple of 2",
+        "--load_best_model_at_end", "--save_steps", "--eval_steps", "equal",
+    ),
+    "best model, saved at other times": (
+        GOOD + "--validation_file {train} --load_best_model_at_end --save_strategy epoch", "--save_strategy", "equal"
+    ),
+    "best model by nothing": (
+        GOOD + "--validation_file {train} --metric_for_best_model bleu", "--metric_for_best_model bleu", "perplexity"
+    ),
+    "evaluation of nothing": (GOOD + "--eval_on_start", "--eval_on_start", "--validation_file"),
+    "do_eval of a checkpoint": (
+        "--validation_file {train} --do_eval --resume_from_checkpoint {tmp}/out/checkpoint-1",
+        "--do_eval", "--model_name_or_path", "out/checkpoint-1",
+    ),
+    "sharded": (GOOD + "--fsdp full_shard", "--fsdp", "leave it out"),
+    "sharded by DeepSpeed": (GOOD + "--deepspeed x.json", "--deepspeed", "leave it out"),
+    "batch that shrinks": (GOOD + "--auto_find_batch_size", "--auto_find_batch_size", "effective batch"),
+    "metrics of batches": (GOOD + "--batch_eval_metrics", "--batch_eval_metrics", "leave it out"),
+    "evaluation in pieces": (GOOD + "--eval_do_concat_batches False", "--eval_do_concat_batches", "leave it out"),
+    "no full batch": (
+        GOOD + "--dataloader_drop_last --per_device_train_batch_size 99", "--dataloader_drop_last", "no batch of 99"
     ),
     "length 0": (GOOD + "--max_seq_length 0", "--max_seq_length", "at least 2"),
     "length negative": (GOOD + "--max_seq_length -8", "--max_seq_length", "-8", "at least 2"),
@@ -116,6 +135,8 @@ CALLS = {
     "bf16 and fp16": (GOOD + "--bf16 --fp16", "--bf16", "--fp16", "exclude each other"),
     "fp16 without GPU": (GOOD + "--fp16", "--fp16", "GPU", "--bf16"),
     "report to nowhere": (GOOD + "--report_to nowhere", "nowhere", "tensorboard", "wandb"),
+    "report to a misspelt place": (GOOD + "--report_to tensorbord", "tensorbord", "mean 'tensorboard'?"),
+    "report to none and more": (GOOD + "--report_to tensorboard none", "--report_to none", "alone"),
     "misspelt flag": (GOOD + "--learnin_rate 1e-4", "--learnin_rate", "--learning_rate"),
     "misspelt flag with =": (GOOD + "--learnin_rate=1e-4", "--learnin_rate", "--learning_rate"),
     "misspelt flag with dashes": (GOOD + "--trian-file x", "--trian_file", "--train_file"),
@@ -250,13 +271,18 @@ CONTENT = {  # case: (file name, content), words of the sentence
     ),
     "Latin-1": (("bad.txt", "plain\ncafé\n".encode("latin1")), "bad.txt", "not UTF-8", "byte 9", "0xe9", "iconv"),
     "UTF-16": (("bad.txt", "a line\n".encode("utf-16")), "bad.txt", "not UTF-8", "byte 0", "utf-16"),
+    "UTF-16 without a mark": (
+        ("bad.txt", "a line\nand another\n".encode("utf-16-le")), "bad.txt", "line 1", "NUL", "iconv -f utf-16le"
+    ),
+    "NUL in CSV": (("bad.csv", "text\nhello\nwor\0ld\n"), "bad.csv", "line 3", "NUL"),
     "no such column in json": (
-        ("bad.jsonl", lines({"Text": "a", "id": 1})), "bad.jsonl, line 1", "'text'", "mean Text?", "columns: Text, id",
-        "--text_column",
+        ("bad.jsonl", lines({"Text": "a", "id": 1})), "bad.jsonl, line 1", "'text'", "mean 'Text'?",
+        "columns: Text, id", "--text_column",
     ),
     "column gone half-way": (("bad.jsonl", lines({"text": "a"}, {"body": "b"})), "bad.jsonl, line 2", "columns: body"),
     "no such column in csv": (
-        ("bad.csv", "id,txt\n1,hello\n"), "bad.csv, line 1", "'text'", "mean txt?", "columns: id, txt", "--text_column"
+        ("bad.csv", "id,txt\n1,hello\n"), "bad.csv, line 1", "'text'", "mean 'txt'?", "columns: id, txt",
+        "--text_column",
     ),
     "json column of numbers": (("bad.jsonl", lines({"text": 5})), "line 1", "'text'", "holds 5", "--text_column"),
     "json column of lists": (("bad.json", '[{"text": ["a"]}]'), "item 1", "'text'", 'holds ["a"]', "--text_column"),
@@ -268,7 +294,7 @@ CONTENT = {  # case: (file name, content), words of the sentence
     "line breaks only": (("bad.jsonl", "\n\n"), "no rows"),
 }
 PATHS = {
-    "file missing": ("--train_file {tmp}/trian.jsonl", "--train_file", "trian.jsonl", "no such file", "/train.jsonl?"),
+    "file missing": ("--train_file {tmp}/trian.jsonl", "--train_file", "trian.jsonl", "no such file", "/train.jsonl'?"),
     "validation file missing": (GOOD + "--validation_file {tmp}/val.txt", "--validation_file", "val.txt", "no such"),
     "glob without a match": ("--train_file {tmp}/*.csv", "--train_file", "*.csv", "no such file"),
     "file is a directory": ("--train_file {tmp}", "--train_file", "is a directory", "--dataset_name"),

@@ -170,6 +170,14 @@ def test_only_int32_input_ids_are_stored(tiny, tmp_path, texts):
     assert train.features["input_ids"].feature.dtype == "int32"
 
 
+def test_truncation_that_takes_much_is_said(tiny, tmp_path, texts, capsys):
+    """B3: chapters cut to 64 tokens lose most of them; the note names the flag that keeps them."""
+    for more, noted in (([], True), (["--no_truncation"], False)):
+        prepare(tiny, tmp_path, "--train_file", texts[0], "--max_seq_length", 64, *more)
+        said = capsys.readouterr().out
+        assert bool(re.search(r"^note +truncation takes 9\d% of the train.*--no_truncation", said, re.M)) == noted
+
+
 def flags(tiny, texts, tmp_path, *more):
     return ["--model_name_or_path", tiny, "--train_file", texts[0], "--cache_dir", tmp_path / "cache",
             "--output_dir", tmp_path / "out", "--max_seq_length", 64, "--max_steps", 1, *more]  # fmt: skip

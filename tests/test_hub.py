@@ -191,7 +191,7 @@ DATA = {  # case: (flags behind --dataset_name, environment), words of the sente
     ),
     "only a test split": (("test/only-test", {}), "test/only-test", "no train split", "only test", "--train_file"),
     "nothing to evaluate on": (("test/no-text --do_eval", {}), "no validation split", "--validation_file"),
-    "no such column": (("test/no-text", {}), "'text'", "mean Text?", "columns: Text, id", "--text_column"),
+    "no such column": (("test/no-text", {}), "'text'", "mean 'Text'?", "columns: Text, id", "--text_column"),
     "column of numbers": (("test/numbers", {}), "split train", "'text' holds int64", "--text_column"),
     "column of lists": (("test/lists", {}), "split train", "'text' holds List", "--text_column"),
     "column of nulls": (("test/nulls", {}), "split train", "'text' holds null", "--text_column"),

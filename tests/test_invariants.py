@@ -4,11 +4,14 @@ import json
 import math
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from conftest import ROOT, in_child, launch, run, write_jsonl
 from test_hub import ACCELERATE, free_port
 from test_training import logged, same_weights, weights_of
+
+import main
 
 
 @pytest.fixture(scope="module")
@@ -167,9 +170,17 @@ def test_each_epoch_sees_every_chunk_once_in_an_order_of_its_own(base, tmp_path)
 
 
 ODD = {  # flags → words of the note
-    "--warmup_steps 500": ("shorter than its warm-up", "--warmup_steps, to 1 for example"),
+    "--warmup_steps 500": ("shorter than its warm-up: it reaches only 0.4%", "--warmup_steps, to 0 for example"),
+    "--warmup_steps 500 --max_steps 1": ("the learning rate 0 and learns nothing", "--warmup_steps, to 0"),
     "--gradient_accumulation_steps 8": ("all 24 chunks make less than one step of 32", "to 6 for a full one"),
     "--gradient_accumulation_steps 4": ("the last step of each epoch has 8 of 16 chunks",),
+    "--dataloader_drop_last --per_device_train_batch_size 5 --gradient_accumulation_steps 3": (
+        "the last step of each epoch has 5 of 15 chunks", "4 chunks are left out of each epoch: --dataloader_drop_last"
+    ),
+    "--ignore_data_skip": ("--ignore_data_skip: a stopped run may go on with other data",),
+    "--train_sampling_strategy group_by_length": ("--train_sampling_strategy: a stopped run may",),
+    "--dataloader_num_workers 1 --dataloader_persistent_workers": ("--dataloader_persistent_workers: a stopped run",),
+    '--accelerator_config {"use_seedable_sampler":false}': ("--accelerator_config: a stopped run may",),
     "--learning_rate 0.1": ("--learning_rate 0.1 is unusual", "1e-5 to 1e-4"),
     "--learning_rate 1e-9": ("--learning_rate 1e-09 is unusual",),
     "--eval_steps 5": ("--eval_steps has no effect without validation data",),
@@ -187,7 +198,29 @@ def test_an_odd_plan_is_said_before_the_first_step(flags, base, tmp_path):
     assert [word for word in ODD[flags] if word not in notes] == [], done.out
 
 
-def test_an_ordinary_plan_has_no_notes(base, tmp_path):
-    """F14: nothing to say about a plan that fits."""
-    done = run(*base, "--output_dir", tmp_path / "out", "--max_steps", 3)
-    assert done.status == 0 and "\nnote " not in done.out
+@pytest.mark.parametrize("flags", ["", "--lr_scheduler_type constant --warmup_steps 500"], ids=["linear", "constant"])
+def test_an_ordinary_plan_has_no_notes(flags, base, tmp_path):
+    """F14: nothing to say about a plan that fits; a constant rate has no warm-up."""
+    done = run(*base, "--output_dir", tmp_path / "out", "--max_steps", 3, *flags.split())
+    assert done.status == 0 and "\nnote " not in done.out and "warm-up 0 steps" in done.out
+
+
+NAMES = {"NVIDIA A40": 149.7, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
+         "NVIDIA GH200 480GB": 989, "NVIDIA L40S": 362, "NVIDIA GeForce RTX 4090": 165, "NVIDIA RTX A4000": None,
+         "NVIDIA RTX A1000": None, "NVIDIA L40": None}  # fmt: skip
+
+
+def test_a_peak_is_that_of_the_device_of_exactly_this_name():
+    """F17: MFU is measured against the maker's number; an unlisted device with a similar name has none."""
+
+    def peaks():
+        import torch
+
+        told = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16", world_size=2)
+        found = {}
+        for name in NAMES:
+            torch.cuda.get_device_name = lambda device, name=name: name  # no such device is here
+            found[name] = main.peak_flops(told)
+        return found
+
+    assert in_child(peaks) == {name: peak and pytest.approx(2e12 * peak) for name, peak in NAMES.items()}

@@ -151,9 +151,9 @@ def test_a_failure_in_training_ends_all(flags):
     assert "rank 0 on " in ranks[1].err
 
 
-def test_two_ranks_train_and_evaluate(flags):
+def test_two_ranks_train_and_evaluate(flags, tmp_path):
     """B13: what is refused above is fine otherwise, also a second time, and without training."""
-    for more in ([], [], ["--do_eval", "--validation_file", flags[3]]):
+    for more in ([], [], ["--do_eval", "--validation_file", flags[3], "--output_dir", tmp_path / "eval"]):
         ranks = both([*flags, *more], more)
         assert [done.status for done in ranks] == [0, 0], ranks
     assert "Done" in ranks[0].out and ranks[1].out == ""

@@ -2,6 +2,7 @@
 
 import io
 import re
+import shutil
 import subprocess
 import sys
 import tokenize
@@ -69,6 +70,14 @@ def test_the_comment_checks_find_a_bare_line():
     assert bare_lines('x = 1  # why\ny = f(  # call\n    2,\n)\n"""text"""\n') == [3]
     assert bare_shell_lines("a=1  # why\nb=2\ncat <<END  # text\nfree\nEND\nif x; then  # why\nfi\n") == [2]
     assert [bare_lines(part) for part in python_parts("a <<'PYTHON'  # why\nx = 1\nPYTHON\n")] == [[1]]
+
+
+def test_no_environment_is_committed():
+    """S1 to S10: .venv, a directory or a link to one, belongs to a machine and not to the repository."""
+    if not shutil.which("git") or subprocess.run(["git", "-C", ROOT, "rev-parse"], capture_output=True).returncode:
+        pytest.skip("no git, or no checkout")
+    files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split()
+    assert "main.py" in files and not [name for name in files if name.startswith(".venv")]
 
 
 def test_required_files_are_there():

@@ -222,6 +222,15 @@ def test_do_eval_alone_only_evaluates(finished, tmp_path):
     assert not list((tmp_path / "eval").glob("*.safetensors")) and not list((tmp_path / "eval").glob("checkpoint*"))
 
 
+def test_do_eval_alone_leaves_a_training_run_alone(finished):
+    """B12: the results of a training run are not replaced by those of an evaluation."""
+    output, _, texts, _ = finished
+    before = (output / "all_results.json").read_text()
+    done = run("--do_eval", "--model_name_or_path", output, "--validation_file", texts[1], "--output_dir", output)
+    assert done.status == 2 and "choose another for --do_eval" in done.err, done.err
+    assert (output / "all_results.json").read_text() == before
+
+
 def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path):
     """B10: killed after a checkpoint, the same command goes on from it and ends with the undisturbed run's weights."""
     output, _, _, argv = finished
@@ -244,7 +253,7 @@ def test_a_chosen_checkpoint_overrides_the_newest(finished, tmp_path):
     """F22: --resume_from_checkpoint."""
     output, _, _, argv = finished
     steps = sorted(output.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[1]))
-    done = run(*argv, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", steps[0])
+    done = run(*argv, "--output_dir", tmp_path / "out", "--resume_from_checkpoint", f"{steps[0]}/")
     assert done.status == 0 and f"Going on from {steps[0]}, step" in done.out
     assert in_child(same_weights, output, tmp_path / "out")
 
@@ -359,7 +368,7 @@ def test_a_run_shorter_than_its_warm_up_gets_a_notice(tiny, tmp_path, texts):
     """F14: the default of 500 steps on a short run."""
     argv = command(tiny, texts, tmp_path / "out", "--max_steps", 5)
     done = run(*argv, "--warmup_steps", 500)
-    assert done.status == 0 and "shorter than its warm-up: it reaches only 1%" in done.out
+    assert done.status == 0 and "shorter than its warm-up: it reaches only 0.8%" in done.out
     assert "shorter than its warm-up" not in run(*argv, "--output_dir", tmp_path / "other").out
 
 

@@ -253,6 +253,38 @@ def test_other_settings_are_refused_with_both_values(flags, stopped):
         assert {path: path.stat().st_mtime_ns for path in place.rglob("[!.]*") if path.is_file()} == before
 
 
+def test_what_chooses_the_best_model_is_one_of_the_settings(stopped, tmp_path):
+    """B10, F24: the validation data and the moments of evaluation decide the weights once the best are loaded."""
+    argv, _, _ = stopped
+    text = write_jsonl(tmp_path / "validation.jsonl", ["The quick brown fox jumps over the lazy dog. " * 40])
+    argv = [*argv, "--output_dir", tmp_path / "out", "--validation_file", text, "--eval_steps", 1,
+            "--load_best_model_at_end", "--metric_for_best_model", "perplexity"]  # fmt: skip
+    done = run(*argv)
+    assert done.status == 0, done.err
+    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    rows = [row for row in state["log_history"] if "eval_loss" in row]
+    assert state["best_global_step"] == min(rows, key=lambda row: row["eval_loss"])["step"]  # lower is better
+    other = write_jsonl(tmp_path / "other.jsonl", ["Another text."])
+    for more, words in {
+        ("--max_eval_samples", 1): "max_eval_samples was None, is 1",
+        ("--eval_steps", 2, "--save_steps", 2): "eval_steps was 1",
+        ("--validation_file", other): "validation_file was ['validation.jsonl (",
+    }.items():
+        done = run(*argv, *more)
+        assert done.status == 2 and words in done.err, done.err
+    assert run(*argv, "--logging_steps", 2).status == 0
+
+
+def test_another_config_of_the_same_weights_is_refused(stopped, tiny, tmp_path):
+    """B10: a model directory whose config.json was edited in between is another model."""
+    argv, _, _ = stopped
+    shutil.copytree(tiny, tmp_path / "tiny")
+    config = tmp_path / "tiny" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"sliding_window": 16}))
+    done = run(*argv, "--model_name_or_path", tmp_path / "tiny")
+    assert done.status == 2 and "model was" in done.err and "train_data" not in done.err, done.err
+
+
 def test_other_text_of_the_same_size_is_refused(stopped):
     """B10: the tokens decide, not the file's name or size."""
     argv, output, _ = stopped
@@ -326,9 +358,6 @@ def test_the_logs_of_a_killed_run_join_up(stepwise, servers, plain, tmp_path):
     assert events(output / "runs")["train/loss"] == expected and [step for step, _ in expected] == [1, 2, 3, 4]
     history = json.loads((output / "checkpoint-4/trainer_state.json").read_text())["log_history"]
     assert [row["step"] for row in history if "loss" in row] == [1, 2, 3, 4]
-    text = ["--validation_file", plain[0][3], "--max_seq_length", 64]
-    done = run(*plain[0][:2], "--do_eval", *text, "--output_dir", output)
-    assert done.status == 0 and events(output / "runs")["train/loss"] == expected  # not hidden by an evaluation
     mine, whole = (json.loads((place / "train_results.json").read_text()) for place in (output, stepwise[1]))
     assert mine["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)
 
