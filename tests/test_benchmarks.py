@@ -1,5 +1,6 @@
-"""The benchmarks: the formula of scaling.py against arithmetic by hand, and a small run of throughput.py."""
+"""The benchmarks: the formula of scaling.py against arithmetic by hand, and small runs of the others."""
 
+import re
 import sys
 
 import pytest
@@ -7,6 +8,7 @@ from conftest import ROOT, launch
 
 sys.path.append(str(ROOT / "benchmarks"))
 
+import loss  # noqa: E402
 import scaling  # noqa: E402
 
 
@@ -46,6 +48,45 @@ def test_enough_accumulation_is_the_least_that_reaches_the_efficiency():
 def test_the_sizes_are_those_of_gemma_3_270m():
     """268.1 M weights; 1.07 GB of float32 gradients."""
     assert scaling.EMBEDDING + scaling.LAYERS == 268_098_176
+
+
+def test_what_was_not_measured_is_called_assumed():
+    """The default time of a micro-batch, in the table and in the help; a time that is given is not."""
+    script = ROOT / "benchmarks" / "scaling.py"
+    for flags, word in (([], "0.272 s (assumed: "), (["--help"], "0.272, assumed: ")):
+        assert word in launch(sys.executable, script, *flags).out
+    given = launch(sys.executable, script, "--compute", "0.1").out
+    assert "0.100 s" in given and "assumed" not in given
+
+
+def test_the_rows_a_chunk_are_those_of_main():
+    """Its chunks are even: 1,029 rows fit 0.54 GB, so 2,048 tokens make two of 1,024; the others cut at 1,029."""
+    assert loss.rows_of("torch-none", 2048, 0.54) == 1029
+    assert [loss.rows_of("ours", tokens, 0.54) for tokens in (2048, 100, 1030)] == [1024, 100, 515]
+    assert loss.rows_of("ours", 7, 0) == 1
+
+
+@pytest.mark.slow
+def test_the_losses_agree_and_memory_is_counted_above_the_inputs():
+    """8 tokens: the head's gradient in float32 is 0.67 GB, its 16-bit copy half of that; inputs are not counted."""
+    done = launch(sys.executable, ROOT / "benchmarks" / "loss.py", "--tokens", "8", "--rounds", "1", "--memory", "0.54",
+                  "--only", "plain", "ours", "checkpointed")  # fmt: skip
+    rows = [line.split(" | ") for line in done.out.splitlines() if re.match(r"\| (plain|ours|check)", line)]
+    assert len(rows) == 3 and not done.err, done.out + done.err
+    assert [row[1] for row in rows[:2]] == ["8", "8"]
+    assert all(0.67 < float(row[3]) < 2.1 for row in rows), done.out
+    means = [float(row[4].split()[0]) for row in rows]
+    assert max(means) - min(means) < 0.05
+
+
+@pytest.mark.slow
+def test_the_profile_files_all_time_under_a_part(tiny):
+    """A step of the tiny model: the shares add up, and the optimizer is among them."""
+    script = ROOT / "benchmarks" / "step_profile.py"
+    done = launch(sys.executable, script, "--model", tiny, "--length", "64", "--steps", "1")
+    shares = dict(re.findall(r"^\| (.+?) \| [\d.]+ \| ([\d.]+)% \|$", done.out, re.MULTILINE))
+    assert "optimizer and clipping" in shares, done.out + done.err
+    assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
 
 
 @pytest.mark.slow
