@@ -52,7 +52,7 @@ def train(tmp_path):
 def earlier(tmp_path):
     """An output_dir that already holds a model and a saved best checkpoint."""
     (tmp_path / "out" / "checkpoint-best").mkdir(parents=True)
-    (tmp_path / "out" / "model.safetensors").write_bytes(b"weights of an earlier run")
+    (tmp_path / "out" / "pytorch_model.bin").write_bytes(b"weights of an earlier run")
     (tmp_path / "out" / "checkpoint-best" / "optimizer.pt").write_bytes(b"state of an earlier run")
     return tmp_path / "out"
 

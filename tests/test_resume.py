@@ -22,8 +22,8 @@ def flags(tiny, tmp_path_factory):
     train = write_jsonl(folder / "train.jsonl", [topics[name] for name in ("with", "while", "try")])
     validation = write_jsonl(folder / "validation.jsonl", [topics[name] for name in ("if", "for")])
     return ["--model_name_or_path", tiny, "--train_file", train, "--validation_file", validation,
-            "--max_seq_length", 64, "--no_truncation", "--cache_dir", folder / "cache",
-            "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1, "--max_train_samples", 12, "--num_train_epochs", 2,
+            "--max_seq_length", 64, "--no_truncation", "--cache_dir", folder / "cache", "--max_train_samples", 12,
+            "--per_device_train_batch_size", 2, "--gradient_accumulation_steps", 1, "--num_train_epochs", 2,
             "--per_device_eval_batch_size", 1, "--eval_steps", 2, "--save_steps", 2, "--save_total_limit", 9,
             "--warmup_steps", 0, "--learning_rate", 1e-3, "--logging_steps", 2]  # fmt: skip
 
