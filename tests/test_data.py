@@ -175,7 +175,7 @@ def test_truncation_that_takes_much_is_said(tiny, tmp_path, texts, capsys):
     for more, noted in (([], True), (["--no_truncation"], False)):
         prepare(tiny, tmp_path, "--train_file", texts[0], "--max_seq_length", 64, *more)
         said = capsys.readouterr().out
-        assert bool(re.search(r"^note +truncation takes 9\d% of the train.*--no_truncation", said, re.M)) == noted
+        assert bool(re.search(r"^note +truncation takes \d+% of the train.*--no_truncation", said, re.M)) == noted
 
 
 def flags(tiny, texts, tmp_path, *more):
