@@ -901,7 +901,7 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 can
 
     def __init__(self):  # called before the heavy imports: a signal may come at any time
         """Take over both signals, and see to it that the death of a launcher arrives as one of them."""
-        self.signal, self.since, self.training, self.owner = 0, 0.0, False, os.getpid()  # no signal so far
+        self.signal, self.since, self.training, self.owner = 0, 0.0, False, os.getpid()  # 0: no signal has come so far
         for number_ in (signal.SIGTERM, signal.SIGINT):  # each with the same answer
             signal.signal(number_, self.receive)  # Python calls it between two of its own instructions
         os.register_at_fork(after_in_child=self.release)  # tokenizer processes have to end when their pool says so
@@ -931,7 +931,7 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 can
             self.signal = number_  # kept, as Python ignores an exit inside a destructor: then the first step sees it
             self.leave(number_, "")  # what was saved before is whole
 
-    def leave(self, number_, saved):  # the one way out
+    def leave(self, number_, saved):  # every signal ends here, sooner or later
         """Exit with 128 + the signal's number, as a shell reports it. saved (str): what the sentence says of it."""
         self.training = False  # a further signal ends it at once
         if number_ == signal.SIGKILL:  # not asked for: multinode_train.sh may try again
@@ -962,7 +962,7 @@ def claim(output_dir):  # one run per directory
     return file  # main() keeps it open
 
 
-def check_claim(lock, output_dir):  # before a save
+def check_claim(lock, output_dir):  # before anything is written into it
     """End the run unless lock, the file of claim(), still lies in output_dir. Ranks other than 0 have None."""
     path = os.path.join(output_dir, ".lock")  # gone with the directory; another file, if another run has made it anew
     if lock and not (os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))):  # by its inode
@@ -1069,11 +1069,11 @@ def find_checkpoint(output_dir, chosen):  # what has an earlier call of the same
 
 def checkpoints(output_dir):  # all of them are whole
     """Return the paths of output_dir's checkpoints, the oldest first by number: times change with a copy."""
-    numbers = [int(name[11:]) for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # of steps
+    numbers = [int(name[11:]) for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # N of each
     return [os.path.join(output_dir, f"checkpoint-{number_}") for number_ in sorted(numbers)]  # in order
 
 
-def same_run(args, checkpoint, manifest, now):  # on every rank
+def same_run(args, checkpoint, manifest, now):  # called twice: for the flags, and again when data and weights are known
     """Compare the settings that a manifest holds with those of now, a dict with some or all of them.
 
     Returns: (checkpoint, manifest) as given, or (None, {}) when --overwrite_output_dir had another run moved aside.
@@ -1082,8 +1082,8 @@ def same_run(args, checkpoint, manifest, now):  # on every rank
     saved = manifest.get("settings", now)  # a fresh start has no manifest: nothing to compare with
     other = [f"{name} was {saved.get(name)!r}, is {value!r}"  # both values, for the sentence below
              for name, value in now.items() if saved.get(name) != value]  # None where a manifest knows nothing of it
-    if not other:  # the usual case
-        return checkpoint, manifest  # the same run
+    if not other:  # the same command, the same data, the same model
+        return checkpoint, manifest  # nothing to refuse, nothing to move
     if not args.overwrite_output_dir:  # going on would give neither the one run nor the other
         fail(f"{checkpoint} belongs to a run with other settings: {'; '.join(other)}. "  # one clause for each
              "Give the old ones to go on; for a new run give another --output_dir (the finished model may be its "  # …
@@ -1101,15 +1101,15 @@ def same_run(args, checkpoint, manifest, now):  # on every rank
             os.rename(os.path.join(args.output_dir, name), os.path.join(aside, name))  # nothing is copied or deleted
         say(f"The old run was moved to {aside}.")  # where its checkpoints can still be gone on from
     RANKS.wait()  # nobody writes before
-    return None, {}  # a fresh start
+    return None, {}  # the new run finds an empty directory
 
 
 def rotate(output_dir, limit, keep):  # after the new one is safe
     """Delete all checkpoints but the newest `limit` and those named in keep, each whole or not at all."""
-    for path in checkpoints(output_dir)[:-limit]:  # the old ones
+    for path in checkpoints(output_dir)[:-limit]:  # all but the newest ones
         if os.path.basename(path) not in keep:  # the best so far, the one just saved, the one that the user chose
             trash = os.path.join(output_dir, f".trash-{os.path.basename(path)}")  # invisible, also half deleted
-            os.rename(path, trash)  # in one instant
+            os.rename(path, trash)  # from this instant on it is no checkpoint any more
             shutil.rmtree(trash, ignore_errors=True)  # 3.2 GB
 
 
@@ -1159,7 +1159,7 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
         """Return a part of the head in the wanted dtype."""
         for matrix in (head, weight):  # one of them may have it
             if matrix.dtype == wanted:  # then nothing has to be copied
-                return matrix[part]  # a view
+                return matrix[part]  # a view of it
         return cast[: part.stop - part.start].copy_(weight[part])  # valid until the next part
 
     with torch.no_grad(), torch.autocast(kind, enabled=False):  # every dtype is chosen here
@@ -1181,7 +1181,7 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
                     scores.copy_(logs.exp_())  # p, in the place of the logits
                     scores.scatter_(-1, target, known.expm1().to(precise))  # p − 1, exact also where p is nearly 1
                     if cap:  # the chain rule
-                        scores.mul_(bend)  # through the tanh
+                        scores.mul_(bend)  # d capped / d logit
 
             if with_gradients:  # logits holds d loss / d logit by now
                 inputs = hidden[chunk].to(precise) * learnt[chunk, None]  # (rows, H): 0 for -100
@@ -1211,15 +1211,15 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
     class ChunkedLoss(torch.autograd.Function):  # gradients of our own instead of a recorded graph
         """(hidden, weight, labels, cap, with_gradients) → (sum of losses, losses); see token_losses for the shapes."""
 
-        @staticmethod  # as PyTorch wants it
+        @staticmethod  # apply() calls it on the class, not on an object
         def forward(ctx, hidden, weight, labels, cap, with_gradients):  # ctx carries things to the backward pass
             """Compute losses and gradients at once."""
             losses, *gradients = token_losses(hidden, weight, labels, cap, with_gradients)  # chunk by chunk
-            ctx.gradients = gradients  # of the sum
+            ctx.gradients = gradients  # of the sum of losses: backward() only has to scale them
             ctx.mark_non_differentiable(losses)  # for evaluations only
-            return losses.sum(), losses  # float32
+            return losses.sum(), losses  # the sum carries the gradient
 
-        @staticmethod  # likewise
+        @staticmethod  # called by loss.backward(), once a micro-batch
         def backward(ctx, upstream, _):  # upstream: d (final loss) / d (sum), a scalar on the device
             """Scale what the forward pass has made."""
             gradients, ctx.gradients = ctx.gradients, None  # 0.67 GB that nothing shall hold longer than it must
@@ -1242,19 +1242,19 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
     @functools.wraps(own)  # the Trainer reads the names of its arguments
     def forward(*inputs, labels=None, num_items_in_batch=None, **named):  # in place of the model's
         """Call the layers and the loss, or, without labels, the model as it was."""
-        if labels is None:  # generation
-            return own(*inputs, **named)  # logits
+        if labels is None:  # generation needs the logits of the last token
+            return own(*inputs, **named)  # as if nothing had been changed
         hidden = model.base_model(*inputs, **named).last_hidden_state  # (batch, length, H)
         return chunked(hidden, labels, num_items_in_batch)  # gradients go to the head and to all layers
 
     if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # None, or of another kind
         return False  # something else than a matrix product
-    ids = torch.arange(8, device=head.weight.device)[None]  # any tokens
+    ids = torch.arange(8, device=head.weight.device)[None]  # eight tokens are enough to tell two losses apart
     with torch.no_grad():  # two forward passes on 8 tokens: a fraction of a second
         theirs, ours = own(input_ids=ids, labels=ids).loss, forward(input_ids=ids, labels=ids)["loss"]  # scalars
     if not torch.isclose(theirs.float(), ours, rtol=1e-3):  # scaled logits, a further loss of the experts, …
-        return False  # one that we do not know
-    model.forward = forward  # from now on
+        return False  # it keeps its own, and make_trainer() says so
+    model.forward = forward  # on this object: accelerate wraps autocast around it later
     return True  # never holds more than a chunk of logits
 
 
@@ -1310,7 +1310,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     from resource import RUSAGE_SELF, getrusage  # this process's memory
 
     import torch  # numbers on the device
-    import torch.distributed as dist  # other processes
+    import torch.distributed as dist  # to agree with the other processes
     from transformers import DataCollatorForLanguageModeling, Trainer, TrainerCallback  # batches; the loop; its events
 
     world, output_dir = training_args.world_size, training_args.output_dir  # processes on all machines; where to write
@@ -1368,10 +1368,10 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 logs |= {"tokens_per_second": round(speed), "tokens_seen": tokens_until(step),  # of all processes
                          "peak_memory_gb": round(memory / 1e9, 2),  # near the GPU's size it is time for the remedies
                          "minutes_left": round((self.state.max_steps - step) * pace / 60, 1)}  # to the last step
-                if peak:  # a known GPU
+                if peak:  # on a GPU that the table above knows
                     logs["mfu"] = round(speed * flops / peak, 3)  # of the peak that banner() names
                 self.logged = now, step  # where the next line's speed begins
-            super().log(logs, *rest)  # to everybody who wants to know
+            super().log(logs, *rest)  # to console, TensorBoard, wandb and trainer_state.json
 
         def evaluate(self, *rest, **named):  # in training, and at its end
             """Evaluate every chunk and leave no trace: the random state, of which dropout is made, stays as it was."""
@@ -1380,7 +1380,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 with torch.random.fork_rng(devices=[]):  # the data loader draws a number from it
                     return super().evaluate(*rest, **named)  # metrics, which log() has completed
             finally:  # for the steps to come
-                self.args.dataloader_drop_last = drop  # as the user said
+                self.args.dataloader_drop_last = drop  # as the user wants it in training
 
         def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # in evaluations
             """Return (None, losses, losses), float32 of shape (batch,): one of each chunk, so that each counts once.
@@ -1389,7 +1389,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             """
             early = self.is_in_train and self.state.global_step < self.state.max_steps  # the last one is made
             if early and agree(stop.signal):  # all ranks leave the evaluation after the same batch
-                raise Abandoned  # the step is saved, and the next call evaluates it
+                raise Abandoned  # the step is saved now, and evaluated by the next call
             ids = self._prepare_inputs(inputs)["input_ids"]  # (batch, max_seq_length), on the device
             with torch.no_grad():  # autocast is in the model that accelerate has prepared
                 result = model(input_ids=ids, labels=ids)  # the labels are the inputs
@@ -1405,7 +1405,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             step, control, again = self.state.global_step, self.control, self.state.global_step == self.step  # twice?
             tokens = tokens_until(step) - tokens_until(self.step)  # in this step; none in the call after an epoch
             self.weighted = self.weighted + (tr_loss - self.counted) * tokens  # its mean loss × its tokens
-            self.step, self.unlogged = step, self.unlogged + tokens  # counted
+            self.step, self.unlogged = step, self.unlogged + tokens  # so that the second call of an epoch adds nothing
             scaled = self.args.mixed_precision == "fp16"  # perhaps by the launcher: infinite norms skip their step
             noted = 0 if grad_norm is None or scaled else grad_norm  # others spoil the weights
             bad = ~torch.isfinite(tr_loss + noted) & (self.bad_step == 0)  # on the device, not waited for
@@ -1413,7 +1413,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
             closing = not again and self.state.epoch % 1 == 0  # an epoch's last step: a second call will follow
             if closing:  # the epoch's evaluation may come with it, and a checkpoint shall hold what came of that
-                self.late, control.should_save = control.should_save, False  # so a save waits
+                self.late, control.should_save = control.should_save, False  # a save waits for the second call
             elif self.late:  # the second call
                 self.late, control.should_save = False, True  # now
             ordered = agree(stop.signal) if not closing and step < self.state.max_steps else 0  # the same on all ranks
@@ -1484,14 +1484,14 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 size = f"it needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free"  # gigabytes
                 fail(f"{name} could not be saved in {output_dir} ({words}): {size}. Earlier checkpoints are "  # which …
                      "whole: make space, then the same command goes on", status=1)  # … is all that can be lost
-            finally:  # saved or not
+            finally:  # whether it was saved or not
                 if self.args.should_save:  # the others leave it alone
                     shutil.rmtree(staging, ignore_errors=True)  # empty after a rename; gives its space back otherwise
 
     def agree(signal_):  # signals reach processes at different moments, but all have to stop after the same step
         """Return the highest number of a signal that any rank has received, 0 for none."""
-        if world == 1:  # nobody to ask
-            return signal_  # of this process
+        if world == 1:  # a single process need not ask anybody
+            return signal_  # its own signal decides
         highest = torch.tensor(signal_)  # on the CPU, so that no GPU is waited for
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)  # a few bytes a step
         return highest.item()  # the same on all ranks
@@ -1550,7 +1550,7 @@ def use_one_curve(trainer, past):  # the Trainer's own callback opens a folder f
     from torch.utils.tensorboard import SummaryWriter  # event files
     from transformers.integrations import TensorBoardCallback  # the Trainer has added one without purge_step
 
-    trainer.remove_callback(TensorBoardCallback)  # instead of it:
+    trainer.remove_callback(TensorBoardCallback)  # it would open a folder for each call
     runs = os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(trainer.args.output_dir, "runs")  # one folder
     if not past or past["step"] < past["max_steps"]:  # there are steps to make
         first = None if trainer.train_dataset is None else past.get("step", -1) + 1  # the first step to come, if any
@@ -1642,7 +1642,7 @@ def save_metrics(trainer, split, metrics):  # of "train" or "eval"
         trainer.save_metrics(split, metrics)  # rank 0
     except ValueError:  # a kill has cut it short
         os.remove(os.path.join(trainer.args.output_dir, "all_results.json"))  # made from what is saved now
-        trainer.save_metrics(split, metrics)  # once more
+        trainer.save_metrics(split, metrics)  # now it makes a new one
 
 
 def train_and_save(trainer, checkpoint, facts, lock):  # the night: after a kill anywhere in it the same command goes on
@@ -1660,7 +1660,7 @@ def train_and_save(trainer, checkpoint, facts, lock):  # the night: after a kill
         loss = (past["losses"] + past["loss"]) / past["step"]  # the mean over all steps
         metrics = {"train_runtime": past["seconds"], "train_loss": loss}  # as the Trainer would have reported
     else:  # there are steps to make
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics  # hours
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics  # hours; a signal ends the process in here
         share, metrics["train_runtime"] = metrics["train_runtime"], time.time() - trainer.started  # this call; all
         for name in ("train_samples_per_second", "train_steps_per_second"):  # all steps ÷ the time of this call …
             metrics[name] *= share / metrics["train_runtime"]  # … put right: ÷ the time of all calls
@@ -1683,8 +1683,8 @@ def train_and_save(trainer, checkpoint, facts, lock):  # the night: after a kill
     save_metrics(trainer, "train", metrics)  # train_results.json and all_results.json
     if trainer.args.should_save:  # rank 0
         os.replace(os.path.join(staging, "manifest.json"), os.path.join(output_dir, "manifest.json"))  # finished
-        shutil.rmtree(staging, ignore_errors=True)  # empty
-        flush(output_dir)  # on the disk
+        shutil.rmtree(staging, ignore_errors=True)  # empty by now; if this is killed, the next start removes it
+        flush(output_dir)  # all renames above are on the disk before the exit status says so
 
 
 def main(argv=None):  # the table of contents
@@ -1710,13 +1710,13 @@ def main(argv=None):  # the table of contents
         say(f"This run finished at step {manifest['progress']['step']:,}: nothing is left to train.",  # exit status 0
             f"Its model is in {args.output_dir}; to train it further, start a new run from it with "  # its rate …
             f"--model_name_or_path {args.output_dir} and another --output_dir.")  # … has fallen to zero
-        return  # in a few seconds
+        return  # before tokenizer, data and weights are loaded
 
     tokenizer = load_tokenizer(args.model_name_or_path, args.max_seq_length)  # the hub's first answer
     if RANKS.local:  # one process a machine prepares …
         RANKS.wait()  # … the others read its cache
     train, validation = load_and_prepare_dataset(args, tokenizer, args.overwrite_cache and not RANKS.local)  # chunks
-    if not RANKS.local:  # it is done
+    if not RANKS.local:  # the data of this machine is prepared
         RANKS.wait()  # lets the others go on, when it is so on all machines
     if validation is None:  # nothing to evaluate on
         if training_args.load_best_model_at_end:  # asked for by a Trainer flag
@@ -1730,7 +1730,7 @@ def main(argv=None):  # the table of contents
         checkpoint, manifest = same_run(args, checkpoint, manifest, facts["settings"])  # or a sentence
     past = facts["progress"] = manifest.get("progress", {})  # what earlier calls did: the step, the losses, the time
     if past:  # an earlier call has made some steps, or all of them
-        training_args.eval_on_start = False  # it has done so
+        training_args.eval_on_start = False  # an earlier call has made it, if asked for
         past["folder"] = os.path.dirname(checkpoint)  # where the best one lies, too
         if past["step"] >= past["max_steps"]:  # only the final save is missing
             folder = os.path.join(past["folder"], past.get("best") or os.path.basename(checkpoint))  # to publish
