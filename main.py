@@ -1557,6 +1557,8 @@ def use_one_curve(trainer, past):  # the Trainer's own callback opens a folder f
         board = TensorBoardCallback(SummaryWriter(runs, purge_step=first))  # hides what was written from there on
         board._SummaryWriter = None  # or the final evaluation, a result, would open another folder and curve
         trainer.add_callback(board)  # flushes after every line, closes after the last step
+        # The writer's thread ends with a traceback when the disk is full or gone: the next line says it in a sentence.
+        threading.excepthook = lambda end: issubclass(end.exc_type, OSError) or threading.__excepthook__(end)  # only
 
 
 def banner(args, training_args, model, train, validation):  # read it before a night of training
