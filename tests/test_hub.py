@@ -61,7 +61,7 @@ def train(tmp_path):
 
 def refuse(tmp_path, *flags, words, env=None, runner=run):
     """Run main.py into an output_dir with an earlier model; assert that it refuses and leaves the model as it is."""
-    model = tmp_path / "earlier" / "model.safetensors"
+    model = tmp_path / "earlier" / "pytorch_model.bin"
     model.parent.mkdir()
     model.write_bytes(b"weights of an earlier run")
     sentence = refused(runner(*flags, *SHORT, "--output_dir", model.parent, env=env), *words)
