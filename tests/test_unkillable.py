@@ -257,11 +257,11 @@ def test_what_chooses_the_best_model_is_one_of_the_settings(stopped, tmp_path):
     """B10, F24: the validation data and the moments of evaluation decide the weights once the best are loaded."""
     argv, _, _ = stopped
     text = write_jsonl(tmp_path / "validation.jsonl", ["The quick brown fox jumps over the lazy dog. " * 40])
-    argv = [*argv, "--output_dir", tmp_path / "out", "--validation_file", text, "--eval_steps", 1,
+    argv = [*argv, "--output_dir", tmp_path / "best", "--validation_file", text, "--eval_steps", 1,
             "--load_best_model_at_end", "--metric_for_best_model", "perplexity"]  # fmt: skip
     done = run(*argv)
     assert done.status == 0, done.err
-    state = json.loads((tmp_path / "out" / "checkpoint-4" / "trainer_state.json").read_text())
+    state = json.loads((tmp_path / "best" / "checkpoint-4" / "trainer_state.json").read_text())
     rows = [row for row in state["log_history"] if "eval_loss" in row]
     assert state["best_global_step"] == min(rows, key=lambda row: row["eval_loss"])["step"]  # lower is better
     other = write_jsonl(tmp_path / "other.jsonl", ["Another text."])
