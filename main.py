@@ -921,6 +921,8 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 can
             if not self.training:  # a tokenizer's, at Ctrl-C
                 os._exit(128 + number_)  # without Python's clean-up, which belongs to the owner
             return  # a data loader's: it is needed until the step is made
+        if self.launcher:  # the system signals already at the end of the thread that has started us
+            time.sleep(0.1)  # a launcher that is being killed is gone by then
         if self.launcher not in (0, os.getppid()):  # the launcher has died, and we were given to another parent
             number_ = signal.SIGKILL  # a failure that nobody has asked for: all ranks shall know
         if self.training and (not self.signal or time.time() - self.since < 3):  # launchers send a second one at once
