@@ -274,7 +274,8 @@ def find_files(flag, patterns):  # --train_file and --validation_file
 # the main machine, that of rank 0, where each can read what another has set under a name. Before any work all machines
 # compare with rank 0 what they are about to do. A rank that fails sets its end in the store; in each other one a thread
 # looks for that every second, says why, and ends its process. One that is killed sets nothing: then torch fails in the
-# ranks that wait for it, when its connections close, or when nothing has come from it for --ddp_timeout seconds.
+# ranks that wait for it, when its connections close, or when nothing has come from it for --ddp_timeout seconds. The
+# thread also sets a sign of life: when none comes, as after a cut cable, a second one says so until that time is over.
 
 
 class Ranks:  # made by accelerate launch or torchrun
@@ -288,6 +289,8 @@ class Ranks:  # made by accelerate launch or torchrun
         self.name = f"rank {self.rank} on {socket.gethostname()}"  # in sentences
         self.store = self.group = self.said = None  # where all meet; what wait() needs; what this rank has failed with
         self.tried, self.limit = False, 30  # has begun to look for the store; seconds in which all hear of a failure
+        missed = range(1, self.size) if self.rank == 0 else [0]  # rank 0 misses all others, and they miss rank 0
+        self.signs = {rank: (f"rank {rank}", 0, time.monotonic()) for rank in missed}  # of life: name, how many, when
         self.over = threading.Event()  # set when it has ended well, or is being ended: no news matter any more
 
     def connect(self, args, plan):  # before any work, and before a device is touched
@@ -329,6 +332,8 @@ class Ranks:  # made by accelerate launch or torchrun
         self.store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))  # the launcher's, or ours
         second = self.store.clone()  # another connection to it, as the first one may be busy waiting
         threading.Thread(target=self.watch, args=(second, time.time() + 2 * seconds)).start()  # now others can end us
+        if self.local == 0:  # speaks for the machine
+            threading.Thread(target=self.listen, args=(seconds,)).start()  # and now others are missed
 
     def compare(self, what, facts):  # the plan, the data
         """End the run unless the first rank of this machine has the same facts (a dict) as rank 0."""
@@ -378,9 +383,12 @@ class Ranks:  # made by accelerate launch or torchrun
                 raise  # as Python does it
             for number_ in (signal.SIGTERM, signal.SIGINT):  # the launcher ends the others of this machine
                 signal.signal(number_, lambda *_: os._exit(status))  # nothing is left to do here
-            if not isinstance(error, SystemExit) and not self.over.is_set():  # nobody has explained it
-                sys.excepthook(type(error), error, error.__traceback__)  # as Python would print it
             self.said = getattr(error, "sentence", f"{type(error).__name__}: {error}")  # for the other machines
+            if not isinstance(error, SystemExit) and not self.over.is_set():  # nobody has explained it
+                if re.search("timed ?out", self.said, re.I) and (quiet := self.missing(5)):  # torch has no names
+                    self.complain(f"{quiet}, so the run ends ({self.said})")  # for what it waited in vain
+                else:  # a fault of this rank, or a connection that was closed
+                    sys.excepthook(type(error), error, error.__traceback__)  # as Python would print it
             threading.Timer(self.limit, os._exit, [status]).start()  # at the latest: a cut network may hold this thread
             with contextlib.suppress(Exception):  # nobody can be told
                 if not self.tried:  # a wrong flag, or a file that only this machine lacks
@@ -391,9 +399,16 @@ class Ranks:  # made by accelerate launch or torchrun
 
     def watch(self, store, deadline):  # in a thread, as the main one may be waiting in torch
         """End this process when any rank has ended with an error, or the store, or without a group at the deadline."""
-        end, patience = [1, None, self.name, "no connection to the other processes"], 30  # if there is no store, …
+        count, end, patience = 0, [1, None, self.name, "no connection to the other processes"], 30  # if no store, …
         with contextlib.suppress(RuntimeError):  # … of which torch may know more in half a minute
             while not store.check(["end"]) and (self.group or time.time() < deadline):  # all is well
+                count += 1  # makes this sign of life another one than the last
+                store.set(f"{self.rank} lives", json.dumps([self.name, count]))  # for those who would miss it
+                for rank, (_, seen, _) in self.signs.items():  # those that this rank would miss
+                    if store.check([f"{rank} lives"]):  # it has begun, and get() need not wait
+                        name, new = json.loads(store.get(f"{rank} lives"))  # what it has set last
+                        if new > seen:  # else it is silent
+                            self.signs[rank] = name, new, time.monotonic()  # by this machine's clock
                 if self.over.wait(1):  # a second, or until this rank has ended
                     return  # with its work done: there is nobody to end
             end, patience = json.loads(store.compare_set("end", "", json.dumps(end))), 2  # the first one counts
@@ -402,11 +417,33 @@ class Ranks:  # made by accelerate launch or torchrun
         self.over.set()  # the main thread need not speak of lost connections any more
         status, machine, name, sentence = end  # of the rank that was the first
         if machine != self.machine and not self.local and sentence != self.said:  # it was not said on this machine
-            print(f"\nmain.py: error: {name}: {sentence.removeprefix(name + ' ')}", file=sys.stderr, flush=True)  # once
+            self.complain(f"{name}: {sentence.removeprefix(name + ' ')}")  # once
         with contextlib.suppress(RuntimeError):  # a rank is lost, or the store
             store.set(f"{self.rank} knows", "")  # but the store may end with this process, and a launcher ends others
             store.wait([f"{rank} knows" for rank in range(self.size)], timedelta(seconds=self.limit))  # so all wait
         os._exit(status)  # the same on all ranks
+
+    def missing(self, seconds):  # the thread above cannot say it: when a cable is cut it waits for the store's answer
+        """Return a sentence on the ranks of which nothing was heard for so many seconds, or ""."""
+        silent = {name: time.monotonic() - last for name, _, last in self.signs.values()}  # seconds
+        return "; ".join(f"nothing was heard of {name} for {gone:.0f} seconds"  # as long as it has been by now
+                         for name, gone in silent.items() if gone > seconds)  # mostly none, or a whole machine
+
+    def listen(self, timeout):  # in a second thread
+        """Say it when another machine is silent, and again and again; end this process a minute after the timeout."""
+        while not self.over.wait(15) and not self.said:  # seconds; until this rank ends, well or not
+            if quiet := self.missing(20):  # so it is said after half a minute
+                limit = f"the run waits for --ddp_timeout {timeout} seconds"  # a cable may be put back in time
+                print(f"warning  {quiet}: is it down, or the network? {limit}", file=sys.stderr, flush=True)  # go on
+            if quiet := self.missing(timeout + 60):  # torch would have ended a wait for gradients, but not wait()
+                self.over.set()  # the other threads need not speak
+                self.complain(f"{quiet}, so the run ends")  # status 1: MAX_RETRIES tries again
+                threading.Timer(self.limit, os._exit, [1]).start()  # whether or not the store can be told
+                self.store.compare_set("end", "", json.dumps([1, self.machine, self.name, quiet]))  # for a third
+
+    def complain(self, sentence):  # as fail(), of which this thread or process has no use any more
+        """Print an error."""
+        print(f"\nmain.py: error: {sentence}", file=sys.stderr, flush=True)  # behind a progress bar
 
 
 RANKS = Ranks()  # before the command line is read: a wrong flag has to reach the other machines, too

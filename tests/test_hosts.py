@@ -354,6 +354,22 @@ def test_with_max_retries_a_run_survives_the_loss_of_a_node_and_of_the_cable(hos
     assert in_child(same_weights, undisturbed, output)
 
 
+def test_a_cut_cable_is_spoken_of_within_a_minute_and_waited_for(hosts, undisturbed, flags, tmp_path):
+    """B10: both machines name the lost one long before --ddp_timeout, and go on when the cable is put back."""
+    nodes = hosts.both(*flags, "--ddp_timeout", 600, OUTPUT_DIR=tmp_path / "out")
+    progress(tmp_path / "out", nodes[0])
+    began = time.time()
+    hosts.cable("down")
+    while not all(f"nothing was heard of rank {1 - n.rank} on node{1 - n.rank} for" in n.said() for n in nodes):
+        assert time.time() - began < 60, [node.said() for node in nodes]
+        time.sleep(1)
+    said = time.time() - began
+    hosts.cable("up")
+    assert [node.wait(120) for node in nodes] == [0, 0], [node.said() for node in nodes]
+    assert in_child(same_weights, undisturbed, tmp_path / "out")
+    TABLE["the cable is cut, --ddp_timeout 600"] = f"said after {said:.0f} s; put back, both went on"
+
+
 def test_nothing_is_left_after_kill_9_of_the_tests(tmp_path, flags):
     """The sandbox ends with the process that made it."""
     program = (f"import sys; sys.path[:0] = {sys.path[:2]!r}\nfrom pathlib import Path\nfrom test_hosts import Hosts\n"
