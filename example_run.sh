@@ -111,7 +111,7 @@ multi() {  # one process per GPU, on one machine
 
     activate  # before accelerate is looked for
     choose_input  # without a configuration main.py takes wikitext-2-raw-v1, and says so
-    local launch=(accelerate launch --num_processes "$processes")  # starts them and gives each its rank
+    local launch=(accelerate launch --gpu_ids all --num_processes "$processes")  # all: those that GPUS leaves visible
     if [ "$processes" = 1 ]; then  # a launcher around one process would only keep signals from it
         launch=("$python")  # the same training, started directly
     elif ! command -v accelerate >/dev/null; then  # comes with requirements.txt

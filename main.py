@@ -19,7 +19,7 @@ import argparse  # the command line
 import atexit  # what has to be closed before Python ends
 import contextlib  # to go on after an error that does not matter
 import csv  # rows of .csv files, with the line number of a bad one
-import ctypes  # one call of the operating system that Python has no name for
+import ctypes  # two calls that Python has no name for: prctl and malloc_trim
 import difflib  # "did you mean": the real name nearest to a misspelt one
 import errno  # which kind of OSError: locked, disk full, over quota
 import fcntl  # a lock on output_dir
@@ -37,7 +37,7 @@ import shutil  # removes directories, measures disks
 import signal  # SIGTERM and Ctrl-C
 import socket  # this machine's name
 import sys  # exit status, standard error
-import threading  # one that listens for the end of other processes
+import threading  # beside the training: signs of life, and the end of other processes
 import time  # how long a run took, over all its calls
 from datetime import timedelta  # the type of torch's timeouts
 from importlib.metadata import version  # of a package, without importing it
@@ -45,7 +45,7 @@ from importlib.metadata import version  # of a package, without importing it
 MODEL_ALIASES = {"google/gemma-270m": "google/gemma-3-270m"}  # the short name people type → the published id
 WIKITEXT = "Salesforce/wikitext"  # the one hub data set for which a configuration is chosen here
 DATASET_ALIASES = {"wikitext": WIKITEXT}  # as it was called when names had no owner
-WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words, untouched text: trains in an evening on one GPU
+WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words, untouched text: minutes on a GPU
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files; each also with .gz behind it
 REMEDIES = (  # out of memory: the README's four remedies, the cheapest first
     "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double "  # fewer activations at a time …
@@ -89,7 +89,8 @@ def number(kind, low, above=False):  # the type of a flag: a wrong value is foun
             wanted = "a whole number" if kind is int else "a number"  # the user's words, not Python's
             raise argparse.ArgumentTypeError(f"{text!r} is not {wanted}") from None  # argparse adds the flag's name
         if not low <= value < math.inf or (above and value == low):  # also finds nan, which fails every comparison
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # says how
+            bound = f"{'above' if above else 'at least'} {low}"  # what the flag may be
+            raise argparse.ArgumentTypeError(f"{text} must be {bound}")  # argparse puts the flag's name before it
         return value  # what args holds under the flag's name
 
     return read  # the type= of a flag
@@ -126,7 +127,7 @@ def parse_args(argv=None):  # all that the user decides
 
     add = parser.add_argument_group("model").add_argument  # which weights, which attention
     add("--model_name_or_path", **path, default="google/gemma-270m", help="hub name or directory")  # an alias, above
-    add("--use_flash_attention", **switch, help="version 2; needs a GPU and flash-attn; sets --bf16")  # see README
+    add("--use_flash_attention", **switch, help="version 2; needs a GPU and flash-attn; sets --bf16")  # optional
 
     add = parser.add_argument_group("data").add_argument  # either files or a data set, never both
     add("--dataset_name", **path, help="hub name, or a local data set directory")  # its train and validation splits
@@ -160,16 +161,16 @@ def parse_args(argv=None):  # all that the user decides
     add = parser.add_argument_group("logging and checkpoints").add_argument  # what is written, and when
     add("--output_dir", **path, default="./outputs", help="checkpoints, logs and the finished model")  # one run each
     add("--logging_steps", type=positive, default=10, help="steps between log lines")  # loss, rate, gradient norm
-    add("--save_steps", type=positive, default=500, help="steps between checkpoints")  # 3.2 GB each
+    add("--save_steps", type=positive, default=500, help="steps between checkpoints")  # each 3.2 GB on the disk
     add("--eval_steps", type=positive, default=500, help="steps between evaluations")  # only with validation data
     add("--overwrite_output_dir", **switch, help="move another run's files aside")  # into previous-1, never deleted
-    add("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")  # older ones go
+    add("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")  # older ones are deleted
     add("--report_to", nargs="+", default=["tensorboard"], help="tensorboard, wandb or none")  # where curves go
-    add("--resume_from_checkpoint", **path, help="go on from this one, not the newest")  # in output_dir
+    add("--resume_from_checkpoint", **path, help="go on from this one, not the newest")  # a path in output_dir
 
     add = parser.add_argument_group("misc").add_argument  # several processes, repeatability, what to do
-    add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # then all end
-    add("--seed", type=number(int, 0), default=42, help="of the order of chunks and of new weights")  # repeatable
+    add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # for a lost one
+    add("--seed", type=number(int, 0), default=42, help="of the order of chunks and of new weights")  # else the same
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # accepted as other scripts do
     add("--do_eval", **switch, help="given alone: only evaluate the model on the validation data")  # before and after
 
@@ -190,7 +191,7 @@ def check_args(args):  # what argparse cannot say
     """Check combinations and paths, expand globs and aliases in place. Raises: SystemExit(2) after one sentence."""
     args.evaluate_only = args.do_eval and not args.do_train  # as in transformers' own scripts
     if args.bf16 and args.fp16:  # two autocast types at once
-        fail("--bf16 and --fp16 exclude each other: keep --bf16 (A40 and newer GPUs), or --fp16")  # which for what
+        fail("--bf16 and --fp16 exclude each other: keep --bf16 (A40 and newer GPUs), or --fp16")  # T4, V100: fp16
     if args.seed >= 2**32:  # numpy takes 32 bits
         fail(f"--seed {args.seed} is too large: choose one below {2**32:,}")  # numpy would raise after the imports
     if args.use_flash_attention and importlib.util.find_spec("flash_attn") is None:  # the optional package
@@ -205,8 +206,8 @@ def check_args(args):  # what argparse cannot say
     if args.evaluate_only and not (args.dataset_name or args.validation_file):  # nothing to evaluate on
         fail("--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")  # held-out text
     if args.evaluate_only and args.resume_from_checkpoint:  # a checkpoint is a model, too, and that is what is wanted
-        fail("--resume_from_checkpoint goes on with training, which --do_eval alone does not: "  # measure it by
-             f"--model_name_or_path {args.resume_from_checkpoint}")  # the one flag for a model of any origin
+        fail("--resume_from_checkpoint is for training; with --do_eval alone give "  # a checkpoint is a model, too
+             f"--model_name_or_path {args.resume_from_checkpoint}")  # one flag for models of any origin
     trained = [name for pattern in ("manifest.json", "checkpoint-[0-9]*")  # what a training run leaves
                for name in glob.glob(pattern, root_dir=args.output_dir)]  # [] where there is no directory yet
     if args.evaluate_only and trained:  # the evaluation's all_results.json would replace that run's
@@ -216,7 +217,7 @@ def check_args(args):  # what argparse cannot say
 
     if args.model_name_or_path in MODEL_ALIASES:  # the short name is not a repository on the hub
         published = MODEL_ALIASES[args.model_name_or_path]  # google/gemma-3-270m
-        say(f"{args.model_name_or_path} is published as {published}: using that.")  # no silent swap
+        say(f"{args.model_name_or_path} is published as {published}: using that.")  # what is loaded has to be known
         args.model_name_or_path = published  # also what the banner and the errors will name
     model, data = args.model_name_or_path, args.dataset_name or ""  # each a directory or a name on the hub
     for flag, name in (("--model_name_or_path", model), ("--dataset_name", data)):  # the hub is tried for half a minute
@@ -225,10 +226,10 @@ def check_args(args):  # what argparse cannot say
             fail(f"{flag} {name}: no such directory; give one, or a hub name (text goes to --train_file)")  # a slip?
     if os.path.isdir(model):  # look at once whether it can be a model
         if not os.path.isfile(os.path.join(model, "config.json")):  # what kind of model is it?
-            fail(f"--model_name_or_path {model}: the directory has no config.json; name a saved model")  # a wrong path
+            fail(f"--model_name_or_path {model}: the directory has no config.json; name a saved model")  # one level off
         both = ("*.safetensors", "pytorch_model*.bin")  # what weights are called now, and were called once
-        if not any(glob.glob(pattern, root_dir=model) for pattern in both):  # a half copy
-            fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # a copy cut short
+        if not any(glob.glob(pattern, root_dir=model) for pattern in both):  # neither: a copy that was cut short
+            fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # a half
 
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
     last = args.resume_from_checkpoint = last and (last.rstrip(os.sep) or os.sep)  # its last part is to be its name
@@ -269,6 +270,55 @@ def find_files(flag, patterns):  # --train_file and --validation_file
     return files  # empty when the flag was not given
 
 
+# ── Signals ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 cannot be caught, and need not be
+    """Ends the run with a sentence when a signal comes; in training at the end of the step, after a checkpoint."""
+
+    def __init__(self):  # called before the heavy imports: a signal may come at any time
+        """Take over both signals, and see to it that the death of a launcher arrives as one of them."""
+        self.signal, self.since, self.training, self.owner = 0, 0.0, False, os.getpid()  # 0: no signal has come so far
+        for number_ in (signal.SIGTERM, signal.SIGINT):  # each with the same answer
+            signal.signal(number_, self.receive)  # Python calls it between two of its own instructions
+        os.register_at_fork(after_in_child=self.release)  # tokenizer processes have to end when their pool says so
+        self.launcher = 0  # the process id of accelerate or torchrun, if one of them has started us
+        if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # variables that they set
+            self.launcher = os.getppid()  # accelerate's for one process dies of SIGTERM without passing it on
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # so Linux sends us one at its death (PR_SET_PDEATHSIG)
+
+    def release(self):  # runs in every process that Python forks
+        """Let SIGTERM end a tokenizer's process at once: a handler in Python waits as long as a lock is waited for."""
+        if not self.training:  # data loaders, forked later, live on until the checkpoint is written
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the system's own answer: the process ends
+
+    def receive(self, number_, frame):  # the signature that Python wants
+        """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
+        if os.getpid() != self.owner:  # a helper process has inherited this handler
+            if not self.training:  # a tokenizer's, at Ctrl-C
+                os._exit(128 + number_)  # without Python's clean-up, which belongs to the owner
+            return  # a data loader's: it is needed until the step is made
+        if self.launcher:  # the system signals already at the end of the thread that has started us
+            time.sleep(0.1)  # a launcher that is being killed is gone by then
+        if self.launcher not in (0, os.getppid()):  # the launcher has died, and we were given to another parent
+            number_ = signal.SIGKILL  # a failure that nobody has asked for: all ranks shall know
+        if self.training and (not self.signal or time.time() - self.since < 3):  # launchers send a second one at once
+            if not self.signal:  # a second one within three seconds changes nothing
+                os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # print is unsafe here
+            self.signal, self.since = number_, self.since or time.time()  # the end of the step will see it
+        else:  # before or after training, or impatience
+            self.signal = number_  # kept, as Python ignores an exit inside a destructor: then the first step sees it
+            self.leave(number_, "")  # what was saved before is whole
+
+    def leave(self, number_, saved):  # every signal ends here, sooner or later
+        """Exit with 128 + the signal's number, as a shell reports it. saved (str): what the sentence says of it."""
+        self.training = False  # a further signal ends it at once
+        if number_ == signal.SIGKILL:  # not asked for: multinode_train.sh may try again
+            fail(f"stopped by the loss of a launcher{saved}; the same command again goes on", 1)  # as any failure
+        name = signal.Signals(number_).name  # SIGTERM or SIGINT
+        fail(f"stopped by {name}{saved}; the same command again goes on", 128 + number_)  # 143 for SIGTERM, 130 for INT
+
+
 # ── Several processes ────────────────────────────────────────────────────────────────────────────────────────────────
 # A launcher starts one process, called a rank, for each device of each machine. They meet at a store: a small server on
 # the main machine, that of rank 0, where each can read what another has set under a name. Before any work all machines
@@ -276,6 +326,7 @@ def find_files(flag, patterns):  # --train_file and --validation_file
 # looks for that every second, says why, and ends its process. One that is killed sets nothing: then torch fails in the
 # ranks that wait for it, when its connections close, or when nothing has come from it for --ddp_timeout seconds. The
 # thread also sets a sign of life: when none comes, as after a cut cable, a second one says so until that time is over.
+# Gradients travel over NCCL between GPUs, which ends a process that waits in vain; all else over gloo, which raises.
 
 
 class Ranks:  # made by accelerate launch or torchrun
@@ -286,11 +337,10 @@ class Ranks:  # made by accelerate launch or torchrun
         self.local = int(os.environ.get("LOCAL_RANK") or 0)  # among those of this machine: 0 speaks for the machine
         self.size = int(os.environ.get("WORLD_SIZE") or 1)  # how many processes there are
         self.machine = self.rank - self.local  # a machine is known by the rank of its first process
-        self.name = f"rank {self.rank} on {socket.gethostname()}"  # in sentences
+        self.name = f"rank {self.rank} on {socket.gethostname()}"  # as sentences for the user name it
         self.store = self.group = self.said = None  # where all meet; what wait() needs; what this rank has failed with
         self.tried, self.limit = False, 30  # has begun to look for the store; seconds in which all hear of a failure
-        missed = range(1, self.size) if self.rank == 0 else [0]  # rank 0 misses all others, and they miss rank 0
-        self.signs = {rank: (f"rank {rank}", 0, time.monotonic()) for rank in missed}  # of life: name, how many, when
+        self.signs = {}  # of life, seen from here: rank → (its name, how many, when the last one came)
         self.over = threading.Event()  # set when it has ended well, or is being ended: no news matter any more
 
     def connect(self, args, plan):  # before any work, and before a device is touched
@@ -305,31 +355,48 @@ class Ranks:  # made by accelerate launch or torchrun
                      "accelerate launch, or unset WORLD_SIZE for a single one")  # left by a batch system
         own = ("given", "trainer_argv", "cache_dir", "preprocessing_num_workers")  # may differ between machines
         facts = {f"--{name}": value for name, value in (vars(args) | vars(plan)).items() if name not in own}  # flags
-        facts |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}  # may round …
+        facts |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}  # they round …
         facts |= {"main.py": sha256(__file__)[:12], "Python": platform.python_version()}  # … or count differently
         facts["WORLD_SIZE"] = self.size  # differs when one node script has another TOTAL_GPUS
         if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate gives each machine as many, torchrun need not
             facts["processes a machine (--num_processes)"] = os.environ.get("LOCAL_WORLD_SIZE")  # a slip in one total
         cpu = plan.use_cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # asked for by the launcher
+        if os.environ.get("LOCAL_WORLD_SIZE") != str(self.size):  # there are other machines
+            self.choose_interface()  # before gloo chooses one itself
+        patience = plan.ddp_timeout + (0 if cpu else 120)  # NCCL ends the process without a word: gloo shall be first
         try:  # some rank may never come
             self.meet(plan.ddp_timeout)  # the launchers have met there already
             self.compare("plan", facts)  # before unequal versions have to talk to each other
-            PartialState(cpu, backend=plan.ddp_backend, timeout=timedelta(seconds=plan.ddp_timeout))  # makes the group
+            state = PartialState(cpu, backend=plan.ddp_backend, timeout=timedelta(seconds=patience))  # makes the group
+            state.wait_for_everyone()  # NCCL connects only now, and what is wrong with that is caught below
             self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # a more patient one, for wait()
             self.limit = 6  # from here on all look every second
         except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
-            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # where all meet
+            place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # the address that every rank was given
             words = f"within --ddp_timeout {plan.ddp_timeout} ({' '.join(str(error).split())})"  # in torch's own words
             fail(f"{self.size} processes could not connect at {place} {words}", 1)  # a wrong address, a firewall
         atexit.register(dist.destroy_process_group)  # its threads must not see Python shut down
         if not args.evaluate_only:  # there will be checkpoints, and every rank writes a part of each
             self.share(args.output_dir)  # into the same directory
 
-    def meet(self, seconds):  # at MASTER_ADDR
+    def choose_interface(self):  # gloo would take that of the host name, which on Debian is a loopback address
+        """Let gloo use the network interface that leads to MASTER_ADDR, unless GLOO_SOCKET_IFNAME is set already."""
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:  # as meet() fails
+            query.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing: it only looks up the way there
+            own = query.getsockname()[0]  # this machine's address on that way
+            for _, name in socket.if_nameindex():  # lo, eth0, …
+                with contextlib.suppress(OSError):  # an interface without an address
+                    found = fcntl.ioctl(query, 0x8915, name.encode().ljust(40, b"\0"))[20:24]  # SIOCGIFADDR: 4 bytes
+                    if socket.inet_ntoa(found) == own:  # the one that others reach
+                        os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # gloo reads it when a group is made
+
+    def meet(self, seconds):  # the store is at MASTER_ADDR and MASTER_PORT
         """Find the store within some seconds, and begin to watch it. Raises: ValueError, RuntimeError."""
-        import torch.distributed as dist  # two seconds
+        import torch.distributed as dist  # takes two seconds if a rank fails so early
 
         self.store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))  # the launcher's, or ours
+        missed = range(1, self.size) if self.rank == 0 else [0]  # rank 0 misses all others, and they miss rank 0
+        self.signs = {rank: (f"rank {rank}", 0, time.monotonic()) for rank in missed}  # silent from now on
         second = self.store.clone()  # another connection to it, as the first one may be busy waiting
         threading.Thread(target=self.watch, args=(second, time.time() + 2 * seconds)).start()  # now others can end us
         if self.local == 0:  # speaks for the machine
@@ -342,7 +409,7 @@ class Ranks:  # made by accelerate launch or torchrun
             return  # and need not look
         facts = json.loads(json.dumps(facts, default=str))  # as they will arrive elsewhere
         if self.rank == 0:  # sets the example
-            self.store.set(what, json.dumps([self.name, facts]))  # a few kB
+            self.store.set(what, json.dumps([self.name, facts]))  # under a name that the others know
         name, theirs = json.loads(self.store.get(what))  # waits for rank 0
         other = [f"{key} is {facts.get(key)!r} instead of {theirs.get(key)!r}"  # this machine's value, then rank 0's
                  for key in theirs | facts if facts.get(key) != theirs.get(key)]  # None where nothing is known of it
@@ -351,13 +418,13 @@ class Ranks:  # made by accelerate launch or torchrun
 
     def share(self, folder):  # each machine may have a directory of that name for itself
         """End the run unless every machine sees a file that rank 0 makes in folder for a moment."""
-        path = os.path.join(folder, f".probe-{os.environ['MASTER_PORT']}")  # no other run's
+        path = os.path.join(folder, f".probe-{os.environ['MASTER_PORT']}")  # a name that no other run uses
         if self.rank == 0:  # it writes most of a checkpoint
             open(path, "w").close()  # empty: fits on a full disk, too
-        self.wait()  # it is there
+        self.wait()  # the file is there before anybody looks
         until = time.time() + 10  # network storage may take seconds to show it
         while not (seen := os.path.exists(path)) and time.time() < until:  # usually at once
-            time.sleep(0.5)  # and look again
+            time.sleep(0.5)  # network storage is asked again
         self.wait()  # all have looked
         if self.rank == 0:  # whose file it is
             os.remove(path)  # the directory is as it was
@@ -376,7 +443,7 @@ class Ranks:  # made by accelerate launch or torchrun
         try:  # whatever ends this rank has to be told to the others, which would wait for it
             main()  # the whole run, of which an error comes out here
             self.wait()  # for what rank 0 saves last
-            self.over.set()  # ends the thread, for which Python would wait
+            self.over.set()  # ends both threads, for which Python would wait
         except BaseException as error:  # also SystemExit, which fail() raises
             status = (error.code or 0) if isinstance(error, SystemExit) else 1  # what fail() was given
             if self.size == 1 or not status:  # one process, or --help
@@ -401,7 +468,7 @@ class Ranks:  # made by accelerate launch or torchrun
         """End this process when any rank has ended with an error, or the store, or without a group at the deadline."""
         count, end, patience = 0, [1, None, self.name, "no connection to the other processes"], 30  # if no store, …
         with contextlib.suppress(RuntimeError):  # … of which torch may know more in half a minute
-            while not store.check(["end"]) and (self.group or time.time() < deadline):  # all is well
+            while not store.check(["end"]) and (self.group or time.time() < deadline):  # nobody has failed so far
                 count += 1  # makes this sign of life another one than the last
                 store.set(f"{self.rank} lives", json.dumps([self.name, count]))  # for those who would miss it
                 for rank, (_, seen, _) in self.signs.items():  # those that this rank would miss
@@ -417,7 +484,7 @@ class Ranks:  # made by accelerate launch or torchrun
         self.over.set()  # the main thread need not speak of lost connections any more
         status, machine, name, sentence = end  # of the rank that was the first
         if machine != self.machine and not self.local and sentence != self.said:  # it was not said on this machine
-            self.complain(f"{name}: {sentence.removeprefix(name + ' ')}")  # once
+            self.complain(f"{name}: {sentence.removeprefix(name + ' ')}")  # once a machine
         with contextlib.suppress(RuntimeError):  # a rank is lost, or the store
             store.set(f"{self.rank} knows", "")  # but the store may end with this process, and a launcher ends others
             store.wait([f"{rank} knows" for rank in range(self.size)], timedelta(seconds=self.limit))  # so all wait
@@ -425,23 +492,27 @@ class Ranks:  # made by accelerate launch or torchrun
 
     def missing(self, seconds):  # the thread above cannot say it: when a cable is cut it waits for the store's answer
         """Return a sentence on the ranks of which nothing was heard for so many seconds, or ""."""
-        silent = {name: time.monotonic() - last for name, _, last in self.signs.values()}  # seconds
-        return "; ".join(f"nothing was heard of {name} for {gone:.0f} seconds"  # as long as it has been by now
-                         for name, gone in silent.items() if gone > seconds)  # mostly none, or a whole machine
+        now = time.monotonic()  # seconds, by a clock that is never put right
+        gone = {name: now - last for name, _, last in self.signs.values() if now - last > seconds}  # how long each
+        if not gone:  # nearly always
+            return ""  # all is well
+        more = f" and {len(gone) - 2} more" if len(gone) > 2 else ""  # a machine has up to eight
+        return f"nothing was heard of {', '.join([*gone][:2])}{more} for {max(gone.values()):.0f} seconds"  # until now
 
     def listen(self, timeout):  # in a second thread
         """Say it when another machine is silent, and again and again; end this process a minute after the timeout."""
         while not self.over.wait(15) and not self.said:  # seconds; until this rank ends, well or not
             if quiet := self.missing(20):  # so it is said after half a minute
                 limit = f"the run waits for --ddp_timeout {timeout} seconds"  # a cable may be put back in time
-                print(f"warning  {quiet}: is it down, or the network? {limit}", file=sys.stderr, flush=True)  # go on
+                print(f"warning  {quiet}: is it down, or the network? {limit}", file=sys.stderr, flush=True)  # no end
             if quiet := self.missing(timeout + 60):  # torch would have ended a wait for gradients, but not wait()
                 self.over.set()  # the other threads need not speak
                 self.complain(f"{quiet}, so the run ends")  # status 1: MAX_RETRIES tries again
                 threading.Timer(self.limit, os._exit, [1]).start()  # whether or not the store can be told
-                self.store.compare_set("end", "", json.dumps([1, self.machine, self.name, quiet]))  # for a third
+                with contextlib.suppress(RuntimeError):  # the store may be what is lost
+                    self.store.compare_set("end", "", json.dumps([1, self.machine, self.name, quiet]))  # for a third
 
-    def complain(self, sentence):  # as fail(), of which this thread or process has no use any more
+    def complain(self, sentence):  # as fail() without the exit: for a thread, or a process that is ending anyway
         """Print an error."""
         print(f"\nmain.py: error: {sentence}", file=sys.stderr, flush=True)  # behind a progress bar
 
@@ -452,11 +523,11 @@ RANKS = Ranks()  # before the command line is read: a wrong flag has to reach th
 # ── Trainer's arguments ──────────────────────────────────────────────────────────────────────────────────────────────
 
 HARMLESS = (  # beginnings of the names of flags that cannot change weights: they may differ when a run goes on
-    "output_dir", "logging_", "log_", "save_", "eval_", "do_", "hub_", "push_to_hub", "report_to", "run_name",  # output
+    "output_dir", "logging_", "log_", "save_", "eval_", "do_", "hub_", "push_to_hub", "report_to", "run_name",  # where
     "project", "trackio_", "disable_tqdm", "debug", "include_", "skip_memory_metrics", "batch_eval_metrics",  # reports
-    "per_device_eval_batch_size", "prediction_loss_only", "label_names", "length_column_name",  # evaluation
+    "per_device_eval_batch_size", "prediction_loss_only", "label_names", "length_column_name",  # how it evaluates
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent",  # speed
-    "ddp_timeout", "ddp_backend", "ddp_bucket", "local_rank", "use_cpu", "torch_empty", "resume_",  # where it runs
+    "ddp_timeout", "ddp_backend", "ddp_bucket", "local_rank", "use_cpu", "torch_empty", "resume_",  # which machines
     "validation_file", "max_eval_samples", "preprocessing_", "cache_dir", "overwrite_", "evaluate_only",  # ours
     "given", "trainer_argv",  # the command line as typed: the values of all its flags are compared instead
 )
@@ -467,7 +538,7 @@ def make_training_arguments(args):  # the first use of torch
 
     Raises: SystemExit(2) after one sentence for a value that the Trainer does not take.
     """
-    import torch  # two seconds
+    import torch  # takes two seconds
     from transformers import HfArgumentParser, TrainingArguments  # four more
     from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK  # name → where curves can go
 
@@ -506,14 +577,15 @@ def make_training_arguments(args):  # the first use of torch
             fail(f"--{name} {fault}: leave it out")  # this model of 1 GB needs none of them
     if not plan.eval_do_concat_batches:  # a switch that is on by default
         fail("--eval_do_concat_batches False leaves no mean over all chunks: leave it out")  # only a list of batches
-    for name in ("load_best_model_at_end", "eval_on_start"):  # both measure
+    for name in ("load_best_model_at_end", "eval_on_start"):  # both of them evaluate
         if getattr(plan, name) and not (args.validation_file or args.dataset_name):  # a data set may have a split
             fail(f"--{name} needs validation data: give --validation_file")  # before minutes of work
     when = [(plan.save_strategy, plan.save_strategy == "steps" and plan.save_steps),  # of checkpoints …
             (plan.eval_strategy, plan.eval_strategy == "steps" and plan.eval_steps)]  # … and of evaluations
     if plan.load_best_model_at_end and when[0] != when[1]:  # the best one could be in no checkpoint
-        fail("--load_best_model_at_end needs a checkpoint of each evaluation: make --save_strategy equal to "  # when …
-             "--eval_strategy, and --save_steps to --eval_steps")  # … and how often
+        fail("--load_best_model_at_end needs a checkpoint of each evaluation: "  # not of some of them
+             "make --save_strategy equal to --eval_strategy, "  # steps or epoch, whichever of the two
+             "and --save_steps equal to --eval_steps")  # the number only counts with steps
     measure = plan.metric_for_best_model  # None is the Trainer's "loss"
     if measure not in (None, "loss", "eval_loss", "perplexity", "eval_perplexity"):  # all that an evaluation reports
         fail(f"--metric_for_best_model {measure}: choose loss or perplexity")  # else found at the first evaluation
@@ -532,17 +604,19 @@ def make_training_arguments(args):  # the first use of torch
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # each raised for some flag
         fail(f"the Trainer does not accept these flags: {' '.join(str(error).split())}")  # its own words, on one line
     if made.world_size != RANKS.size:  # each process would train on its own, all of them into one output_dir
-        fail(f"WORLD_SIZE is {RANKS.size}, but the Trainer sees {made.world_size}: use accelerate launch")  # odd
+        fail(f"WORLD_SIZE is {RANKS.size}, but the Trainer sees {made.world_size}: use accelerate launch")  # each alone
     if made.n_gpu > 1:  # one process, several GPUs: the Trainer would copy the model to all of them at every step
         made._n_gpu = 1  # the first one trains; a process for each GPU is the way to use all
         say(f"note     {torch.cuda.device_count()} GPUs are visible, one is used: CUDA_VISIBLE_DEVICES chooses "  # one
             "it, accelerate launch --num_processes N uses several")  # as the README's section on several GPUs says
     inexact = {"--ignore_data_skip": made.ignore_data_skip,  # starts the epoch again
-               "--train_sampling_strategy": made.train_sampling_strategy not in ("random", "sequential"),  # by length
+               "--train_sampling_strategy": made.train_sampling_strategy not in ("random", "sequential"),  # they sort
                "--accelerator_config": not made.accelerator_config.use_seedable_sampler,  # orders by the global state
                "--dataloader_persistent_workers": made.dataloader_persistent_workers}  # which outlive an epoch
     for flag in (flag for flag, given in inexact.items() if given):  # allowed: some data is too large to be skipped
         say(f"note     {flag}: a stopped run may go on with other data than it would have had")  # no equal weights then
+    if made.label_smoothing_factor:  # the Trainer makes that loss, from all logits
+        say("note     --label_smoothing_factor holds all logits in memory: a smaller batch may be needed")  # as usual
     if made.use_liger_kernel:  # its kernels for the layers are welcome
         ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss would take the place of ours
         made.liger_kernel_config = (made.liger_kernel_config or {}) | ours  # what to replace in the model
@@ -555,28 +629,29 @@ def run_settings(args, training_args):  # what has to stay the same when a run g
     plateau = training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")  # the rate follows evaluations
     decisive = ("validation_file", "max_eval_samples", "eval_", "save_st")  # save_strategy, save_steps
     decisive = decisive if plateau or training_args.load_best_model_at_end else ()  # else looking changes no weight
-    settings = {name: value for name, value in flags.items()  # about 70
+    settings = {name: value for name, value in flags.items()  # about 70 flags stay
                 if not name.startswith(HARMLESS) or name.startswith(decisive)}  # of the run as it is asked for
     settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # of the launcher
     for name in {"train_file", "validation_file"} & settings.keys():  # a quick look: digests() compares every token
         settings[name] = [f"{os.path.basename(path)} ({os.path.getsize(path):,} bytes)"  # its folder may change
-                          for path in flags[name]]  # in their order
+                          for path in flags[name]]  # in their order, which is that of the chunks
     settings["model_name_or_path"] = os.path.basename(args.model_name_or_path.rstrip(os.sep))  # may have moved, too
     return json.loads(json.dumps(settings, default=str))  # tuples become lists, as they will be in the manifest
 
 
-def digests(model, train):  # what no flag says
-    """Return {"model": …, "train_data": …}: SHA-256 of config and weights before training, and of all its tokens."""
+def digests(model, train, validation):  # what no flag says
+    """Return {"model": …, "train_data": …, "validation_data": …}: SHA-256 of config and weights, and of all tokens."""
     config = model.config.to_dict()  # what the weights do: a softcap, the width of a sliding window, …
     for name in ("transformers_version", "_name_or_path", "use_cache", "dtype"):  # where from and how saved
         config.pop(name, None)  # not what is learnt
-    weights = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())  # then the weights themselves
-    tokens = hashlib.sha256()  # a second for 1 GB of either
+    sums = {"model": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())}  # then the weights
     for weight in model.parameters():  # also finds a model directory that was changed in between
-        weights.update(weight.detach().numpy().data)  # its bytes; float32, still on the CPU
-    for chunks in train.data.column("input_ids").chunks:  # Arrow arrays in memory-mapped files
-        tokens.update(chunks.flatten().to_numpy().data)  # all chunks are equally long: the tokens say all
-    return {"model": weights.hexdigest()[:16], "train_data": tokens.hexdigest()[:16]}  # enough to see a difference
+        sums["model"].update(weight.detach().numpy().data)  # its bytes; float32, still on the CPU: half a second
+    for name, data in (("train_data", train), ("validation_data", validation)):  # each a Dataset of chunks, or None
+        sums[name] = hashlib.sha256()  # of nothing, if there is none
+        for chunks in data.data.column("input_ids").chunks if data else ():  # Arrow arrays in memory-mapped files
+            sums[name].update(chunks.flatten().to_numpy().data)  # all chunks are equally long: the tokens say all
+    return {name: digest.hexdigest()[:16] for name, digest in sums.items()}  # enough to see a difference
 
 
 # ── Data: read → tokenize → group_texts ──────────────────────────────────────────────────────────────────────────────
@@ -607,13 +682,14 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # text in, chunks
         if split in texts:  # validation is optional
             packed = prepare_split(split, texts.pop(split), tokenizer, args, rebuild)  # pop lets go of the raw text
             if limit and limit < len(packed):  # some chunks that were made will not be used
-                say(f"{split}: only the first {limit:,} of {len(packed):,} chunks are used (--max_*_samples)")  # a flag
+                say(f"{split}: only the first {limit:,} of {len(packed):,} chunks are used "  # and how many are not
+                    "(--max_*_samples)")  # on purpose: the user gave the flag
                 packed = packed.take(limit)  # a view, no copy
             chunks[split] = packed  # ready for the Trainer
     return chunks.get("train"), chunks.get("validation")  # None for the one that there is no text for
 
 
-def load_named_dataset(args, wanted):  # --dataset_name
+def load_named_dataset(args, wanted):  # for --dataset_name; files go the way of read_texts()
     """Load the splits `wanted` (list of names, the first must be there) from the hub, its cache or a directory.
 
     Returns: {split: Dataset of the text column only}. Raises: SystemExit(2) after one sentence.
@@ -623,11 +699,11 @@ def load_named_dataset(args, wanted):  # --dataset_name
     config, column = args.dataset_config_name, args.text_column  # config: None if not given
     name = DATASET_ALIASES.get(args.dataset_name, args.dataset_name)  # the library does not know the old short name
     if name == WIKITEXT and not config:  # the example everybody starts with
-        config = WIKITEXT_CONFIG  # the small one
+        config = WIKITEXT_CONFIG  # the small one, of 2 million words
         say(f"{name}: no --dataset_config_name given, taking {config}.")  # the large one has 50 times as much
     saved = any(os.path.isfile(os.path.join(name, file)) for file in ("state.json", "dataset_dict.json"))  # by datasets
     if saved and config:  # there is nothing to choose from
-        fail(f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # one only
+        fail(f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # nothing to choose
     try:  # the hub may not know it, may not answer, or may not let us in
         if saved:  # a directory made by save_to_disk
             loaded = datasets.load_from_disk(name)  # a Dataset, or a dictionary of them
@@ -638,7 +714,7 @@ def load_named_dataset(args, wanted):  # --dataset_name
 
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}  # a single saved Dataset is training data
     if wanted[0] not in loaded:  # a data set of test questions, say: no other split is taken silently
-        fail(f"--dataset_name {name} has no {wanted[0]} split, only {', '.join(loaded)}: "  # what there is
+        fail(f"--dataset_name {name} has no {wanted[0]} split, only {', '.join(loaded)}: "  # those that there are
              "give files instead, with --train_file and --validation_file")  # which name their purpose
     splits = {split: loaded[split] for split in wanted if split in loaded}  # the test split stays untouched
     for split, rows in splits.items():  # the same column is needed in each
@@ -658,7 +734,7 @@ def explain_loading_error(flag, name, kind, error):  # hub, cache and broken fil
     kinds, words = [], ""  # the libraries wrap the reason up to four times, and some hide it in the message only
     while error and len(kinds) < 9:  # from the outermost to the first one raised; chains may be circular
         kinds += [base.__name__ for base in type(error).__mro__]  # names: three libraries, and some kinds are private
-        words += " ".join(str(error).split()) + " "  # on one line
+        words += " ".join(str(error).split()) + " "  # a message may have many lines
         error = error.__cause__ or error.__context__  # an explicit cause says more than a context
     url = f"{constants.ENDPOINT}/{kind}{name}"  # the page where terms are accepted
     if "GatedRepoError" in kinds or "gated dataset" in words:  # Gemma itself is gated
@@ -671,7 +747,7 @@ def explain_loading_error(flag, name, kind, error):  # hub, cache and broken fil
         return f"{flag} {name}: the hub knows no such name; check {url} (if private: hf auth login)"  # 401 or 404
     if "ConnectionError" in kinds or "LocalEntryNotFoundError" in kinds:  # no way to the hub and not downloaded before
         return (f"{flag} {name} is not in the cache and the hub cannot be reached: "  # after half a minute of tries
-                "check the network (and HF_HUB_OFFLINE), or give a local directory")  # the ways out
+                "check the network (and HF_HUB_OFFLINE), or give a local directory")  # two ways out, one without a hub
     if "EmptyDatasetError" in kinds:  # a directory without .json, .csv, .txt, .parquet, …
         return f"{flag} {name}: the directory holds no data files"  # perhaps one level up
     if "Config name is missing" in words:  # several: choosing one silently could train on the wrong language
@@ -714,7 +790,7 @@ def read_texts(files, column):  # a generator: one row in memory at a time
             texts = read_csv(path, column)  # every value as it stands there
         else:  # .json and .jsonl, read here because the errors of datasets name no line
             texts = read_json(path, column)  # either layout under either name
-        for text in texts:  # maybe blank
+        for text in texts:  # maybe blank: those are counted later
             empty = False  # a blank row is a row
             yield {"text": text}  # one row of the cache
     if empty:  # a header alone, "[]", line breaks alone
@@ -749,7 +825,7 @@ def read_csv(path, column):  # a row at a time
         header = next(rows, [])  # the names of the columns
         check_column(f"{path}, line 1", column, header)  # once is enough: rows must be as long as the header
         place, numeric = header.index(column), True  # numeric: until a text is seen that is no number
-        for row in rows:  # lists of str
+        for row in rows:  # lists of str, one for each cell
             if row and len(row) != len(header):  # a comma too many or too few: which cell is the text?
                 fail(f"{path}, line {rows.line_num}: {len(row)} values, but the header has {len(header)}; "  # ragged
                      "texts with commas or line breaks need double quotes around them")  # the usual reason
@@ -771,7 +847,7 @@ def read_json(path, column):  # a line at a time, or one array as a whole: for g
         if not part.strip():  # a blank line is no row
             continue  # with the next line
         try:  # rstrip: the parser would say that a fault at the end is on the next line
-            parsed = json.loads(part.rstrip())  # of any type
+            parsed = json.loads(part.rstrip())  # an object, or with an array a list of them
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             line = start + getattr(error, "lineno", 1) - 1  # the parser counts from the start of the part
             fail(f"{path}, line {line}: broken JSON: {getattr(error, 'msg', error)}; "  # the parser's words
@@ -782,9 +858,9 @@ def read_json(path, column):  # a line at a time, or one array as a whole: for g
             if not isinstance(row, dict):  # a bare string, number or list
                 fail(f'{where}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # the remedy
             check_column(where, column, row)  # in each row: a name may change half-way
-            text = row[column]  # of any type
+            text = row[column]  # str or None, if the file is right
             if not isinstance(text, str) and text is not None:  # numbers and lists are no text
-                fail(f"{where}: column {column!r} holds {json.dumps(text)[:60]}, not text; "  # as written
+                fail(f"{where}: column {column!r} holds {json.dumps(text)[:60]}, not text; "  # as it is written there
                      "choose another with --text_column, or put quotes around it")  # both ways out
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, say: no file can hold it
                 fail(f"{where}: the text has half a character, an escape from \\ud800 to \\udfff "  # how it is written
@@ -914,69 +990,23 @@ def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or 
         model, report = AutoModelForCausalLM.from_pretrained(  # memory-maps the file, then copies
             name,  # hub name or directory
             dtype=torch.float32,  # also for Flash Attention, which warns of it: a finished model must not be rounded
-            attn_implementation="flash_attention_2" if flash_attention else "sdpa",  # sdpa: PyTorch's fused kernels
+            attn_implementation="flash_attention_2" if flash_attention else "sdpa",  # sdpa: PyTorch's kernels
             ignore_mismatched_sizes=True,  # do not raise for a wrong shape: the report lists it
             output_loading_info=True,  # also tell which weights the file lacked
         )
     except Exception as error:  # broken files, a model of another kind, no network
         fail(explain_loading_error("--model_name_or_path", name, "", error))  # one sentence with what to do
-    wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # absent, or odd
+    wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # absent, misshapen
     if wrong:  # transformers fills them with random numbers and a warning
         fail(f"--model_name_or_path {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # a bad copy
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
-        model.resize_token_embeddings(len(tokenizer))  # the head is tied to the embedding and grows with it
+        model.resize_token_embeddings(len(tokenizer))  # the head grows, too, tied or not
     return model  # the Trainer moves it to the device
 
 
 # ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
 # A checkpoint is made under .staging, sealed with a manifest of checksums, and gets its name by a rename: whatever is
 # called checkpoint-N is whole. Nothing is written into it again; what is found damaged is set aside, never deleted.
-
-
-class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 cannot be caught, and need not be
-    """Ends the run with a sentence when a signal comes; in training at the end of the step, after a checkpoint."""
-
-    def __init__(self):  # called before the heavy imports: a signal may come at any time
-        """Take over both signals, and see to it that the death of a launcher arrives as one of them."""
-        self.signal, self.since, self.training, self.owner = 0, 0.0, False, os.getpid()  # 0: no signal has come so far
-        for number_ in (signal.SIGTERM, signal.SIGINT):  # each with the same answer
-            signal.signal(number_, self.receive)  # Python calls it between two of its own instructions
-        os.register_at_fork(after_in_child=self.release)  # tokenizer processes have to end when their pool says so
-        self.launcher = 0  # the process id of accelerate or torchrun, if one of them has started us
-        if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # variables that they set
-            self.launcher = os.getppid()  # accelerate's for one process dies of SIGTERM without passing it on
-            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # so Linux sends us one at its death (PR_SET_PDEATHSIG)
-
-    def release(self):  # runs in every process that Python forks
-        """Let SIGTERM end a tokenizer's process at once: a handler in Python waits as long as a lock is waited for."""
-        if not self.training:  # data loaders, forked later, live on until the checkpoint is written
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the system's own answer: the process ends
-
-    def receive(self, number_, frame):  # the signature that Python wants
-        """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
-        if os.getpid() != self.owner:  # a helper process has inherited this handler
-            if not self.training:  # a tokenizer's, at Ctrl-C
-                os._exit(128 + number_)  # without Python's clean-up, which belongs to the owner
-            return  # a data loader's: it is needed until the step is made
-        if self.launcher:  # the system signals already at the end of the thread that has started us
-            time.sleep(0.1)  # a launcher that is being killed is gone by then
-        if self.launcher not in (0, os.getppid()):  # the launcher has died, and we were given to another parent
-            number_ = signal.SIGKILL  # a failure that nobody has asked for: all ranks shall know
-        if self.training and (not self.signal or time.time() - self.since < 3):  # launchers send a second one at once
-            if not self.signal:  # said once
-                os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # print is unsafe here
-            self.signal, self.since = number_, self.since or time.time()  # the end of the step will see it
-        else:  # before or after training, or impatience
-            self.signal = number_  # kept, as Python ignores an exit inside a destructor: then the first step sees it
-            self.leave(number_, "")  # what was saved before is whole
-
-    def leave(self, number_, saved):  # every signal ends here, sooner or later
-        """Exit with 128 + the signal's number, as a shell reports it. saved (str): what the sentence says of it."""
-        self.training = False  # a further signal ends it at once
-        if number_ == signal.SIGKILL:  # not asked for: multinode_train.sh may try again
-            fail(f"stopped by the loss of a launcher{saved}; the same command again goes on", 1)  # as any failure
-        name = signal.Signals(number_).name  # SIGTERM or SIGINT
-        fail(f"stopped by {name}{saved}; the same command again goes on", 128 + number_)  # 143 or 130
 
 
 def claim(output_dir):  # one run per directory
@@ -987,17 +1017,18 @@ def claim(output_dir):  # one run per directory
     try:  # the disk may be full, the file somebody else's
         file = open(os.path.join(output_dir, ".lock"), "a+", encoding="utf-8")  # not truncated: it names the owner
         try:  # held by the system, so a run that was killed holds nothing
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # does not wait
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises where another process holds it
         except OSError as error:  # locked by another process, or a file system without locks
             if error.errno in (errno.EACCES, errno.EAGAIN):  # POSIX allows both for "locked"
                 file.seek(0)  # mode a+ begins at the end
                 owner = file.read().strip()  # "process 4711 on node0"
-                fail(f"--output_dir {output_dir} is in use by {owner}: wait for it, or choose another", 1)  # no harm
+                fail(f"--output_dir {output_dir} is in use by {owner}: wait for it, or choose another", 1)  # not ours
             say(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")  # old NFS
         file.truncate(0)  # the owner before has ended
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # for the sentence above
     except OSError as error:  # No space left on device, Permission denied
-        fail(f"--output_dir {output_dir} cannot be written ({error.strerror}): make space, or choose another", 1)  # now
+        words = error.strerror  # the system's own
+        fail(f"--output_dir {output_dir} cannot be written ({words}): make space, or choose another", 1)  # at once
     return file  # main() keeps it open
 
 
@@ -1005,8 +1036,8 @@ def check_claim(lock, output_dir):  # before anything is written into it
     """End the run unless lock, the file of claim(), still lies in output_dir. Ranks other than 0 have None."""
     path = os.path.join(output_dir, ".lock")  # gone with the directory; another file, if another run has made it anew
     if lock and not (os.path.exists(path) and os.path.samestat(os.fstat(lock.fileno()), os.stat(path))):  # by its inode
-        fail(f"--output_dir {output_dir} was moved or removed during the run: what was saved before is where "  # it is
-             "it was moved to; put it back, and the same command goes on", 1)  # not into another's
+        fail(f"--output_dir {output_dir} was moved or removed during the run: what was saved "  # it is whole, …
+             "before is where it was moved to; put it back, and the same command goes on", 1)  # … not in another's
 
 
 def sha256(path):  # 1.8 GB/s: two seconds for a checkpoint of 3.2 GB
@@ -1015,7 +1046,7 @@ def sha256(path):  # 1.8 GB/s: two seconds for a checkpoint of 3.2 GB
     with open(path, "rb") as file:  # weights, an optimizer's state, a few small files
         while block := file.read(1 << 20):  # 1 MB at a time, so that memory stays small
             digest.update(block)  # in C, as fast as the processor can
-    return digest.hexdigest()  # 64 characters
+    return digest.hexdigest()  # 64 characters for a file of any size
 
 
 def flush(path):  # a rename may reach the disk before the data does: after a power cut it would name an empty file
@@ -1033,7 +1064,7 @@ def seal(folder, facts):  # before a checkpoint gets its name
     body = json.dumps({**facts, "files": files}, sort_keys=True)  # the same facts give the same text
     manifest = {"sha256": hashlib.sha256(body.encode()).hexdigest(), **facts, "files": files}  # it guards itself, too
     with open(paths[-1], "w", encoding="utf-8") as file:  # manifest.json, written last
-        json.dump(manifest, file, sort_keys=True)  # on one line
+        json.dump(manifest, file, sort_keys=True)  # on one line: it is for programs
 
     os.umask(mask := os.umask(0))  # there is no way to read it without setting it
     for path in paths:  # safetensors makes its files readable by their owner only
@@ -1045,7 +1076,7 @@ def seal(folder, facts):  # before a checkpoint gets its name
 def read_manifest(folder):  # before a checkpoint is trusted
     """Check all files of a checkpoint against its manifest. Returns: (manifest, None) or (None, what is wrong)."""
     try:  # there is none in checkpoints that another program made
-        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:  # written last
+        with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:  # by seal(), behind all others
             manifest = json.load(file)  # settings, progress, versions, files, and the checksum of them all
         body = json.dumps({key: manifest[key] for key in manifest if key != "sha256"}, sort_keys=True)  # as in seal()
         if hashlib.sha256(body.encode()).hexdigest() != manifest["sha256"]:  # a flipped bit in the manifest itself
@@ -1056,9 +1087,9 @@ def read_manifest(folder):  # before a checkpoint is trusted
                 return None, f"{name} is damaged"  # the first one found is reason enough
         best = manifest["progress"].get("best")  # what --load_best_model_at_end would publish, beside this one
         if best and best != os.path.basename(folder):  # without it the run could not end as it should
-            fault = read_manifest(os.path.join(os.path.dirname(folder), best))[1]  # as carefully
+            fault = read_manifest(os.path.join(os.path.dirname(folder), best))[1]  # all of it is read, just as here
             if fault:  # then an older checkpoint, made before it, has to do
-                return None, f"the best one, {best}, cannot be used: {fault}"  # both reasons
+                return None, f"the best one, {best}, cannot be used: {fault}"  # which one, and what is wrong with it
     except (OSError, ValueError, KeyError) as error:  # missing, unreadable, not JSON
         return None, " ".join(str(error).split())  # e.g. No such file or directory: …
     return manifest, None  # whole, to the last bit
@@ -1089,7 +1120,7 @@ def find_checkpoint(output_dir, chosen):  # what has an earlier call of the same
                 if path == chosen or (manifest and manifest.get("chosen") == chosen):  # the one itself, or made since
                     break  # others are not looked at
             if fault:  # what the user chose is not replaced by another
-                advice = "leave the flag out to take the newest one"  # that is whole
+                advice = "leave the flag out to take the newest one"  # as it does without being told to
                 fail(f"--resume_from_checkpoint {path} cannot be used: {fault}; {advice}")  # and nothing was changed
         while fault and (path := get_last_checkpoint(output_dir)):  # the newest first
             manifest, fault = read_manifest(path)  # most often it is whole, and the loop ends
@@ -1100,8 +1131,8 @@ def find_checkpoint(output_dir, chosen):  # what has an earlier call of the same
                 os.rename(path, aside)  # the next newest one is tried
                 say(f"warning  {path} is not whole ({fault}); set aside as {aside}")  # never in silence
         if fault and not saving and os.path.exists(os.path.join(output_dir, "model.safetensors")):  # whose is it?
-            fail(f"--output_dir {output_dir} holds a model, which would be written over, and no checkpoint to go "  # on
-                 f"on from ({fault}): move it, or choose another directory")  # made elsewhere, or changed since
+            fail(f"--output_dir {output_dir} holds a model, which would be written over, and no checkpoint "  # not ours
+                 f"to go on from ({fault}): move it, or choose another directory")  # made elsewhere, or changed since
         found = found if fault else [path, manifest]  # fault: no whole checkpoint was left
     return broadcast_object_list(found)  # the same on all ranks
 
@@ -1109,7 +1140,7 @@ def find_checkpoint(output_dir, chosen):  # what has an earlier call of the same
 def checkpoints(output_dir):  # all of them are whole
     """Return the paths of output_dir's checkpoints, the oldest first by number: times change with a copy."""
     numbers = [int(name[11:]) for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # N of each
-    return [os.path.join(output_dir, f"checkpoint-{number_}") for number_ in sorted(numbers)]  # in order
+    return [os.path.join(output_dir, f"checkpoint-{number_}") for number_ in sorted(numbers)]  # the newest is the last
 
 
 def same_run(args, checkpoint, manifest, now):  # called twice: for the flags, and again when data and weights are known
@@ -1125,8 +1156,9 @@ def same_run(args, checkpoint, manifest, now):  # called twice: for the flags, a
         return checkpoint, manifest  # nothing to refuse, nothing to move
     if not args.overwrite_output_dir:  # going on would give neither the one run nor the other
         fail(f"{checkpoint} belongs to a run with other settings: {'; '.join(other)}. "  # one clause for each
-             "Give the old ones to go on; for a new run give another --output_dir (the finished model may be its "  # …
-             "--model_name_or_path), or --overwrite_output_dir to move the old run aside")  # three ways on
+             "Give the old ones to go on; for a new run give another --output_dir "  # nothing of the old one is lost
+             "(the finished model may be its --model_name_or_path), "  # a second training, of what the first has made
+             "or --overwrite_output_dir to move the old run aside")  # the third way on, into previous-1
     for path in [*args.train_file, *args.validation_file, args.cache_dir or "", args.model_name_or_path]:  # this run's
         if os.path.abspath(path).startswith(os.path.join(os.path.abspath(args.output_dir), "")):  # would move as well
             fail(f"{path} lies in --output_dir {args.output_dir}, which is to be emptied: move it out first")  # kept
@@ -1149,7 +1181,7 @@ def rotate(output_dir, limit, keep):  # after the new one is safe
         if os.path.basename(path) not in keep:  # the best so far, the one just saved, the one that the user chose
             trash = os.path.join(output_dir, f".trash-{os.path.basename(path)}")  # invisible, also half deleted
             os.rename(path, trash)  # from this instant on it is no checkpoint any more
-            shutil.rmtree(trash, ignore_errors=True)  # 3.2 GB
+            shutil.rmtree(trash, ignore_errors=True)  # 3.2 GB; a kill in here leaves the rest to the next start
 
 
 # ── Loss ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1158,9 +1190,10 @@ def rotate(output_dir, limit, keep):  # after the new one is safe
 # much in the float32 of the softmax. So the loss goes through the tokens in chunks and never keeps the logits of one.
 
 
-LOSS_MEMORY = {"cuda": 2.2e9, "cpu": 0.135e9}  # bytes for a chunk's logits: of 4,096, or 256, tokens in 16 bits
-SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens of a chunk in float32 at a time: 0.3 GB, or what the C library reuses
-VOCABULARY_PART = {"cuda": 32_768, "cpu": 8_192}  # words that are multiplied at a time: 42 MB of Gemma's, or 10
+LOSS_SIZES = {  # bytes of a chunk's logits, its tokens in the float32 softmax at a time, words multiplied at a time, …
+    "cuda": (2.2e9, 256, 32_768, True),  # … and is the head cast as a whole? Large products, as a GPU wants them
+    "cpu": (0.135e9, 16, 8_192, False),  # chunks of 256 tokens and casts of 8,192 words: here memory is what counts
+}
 
 
 def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain function: no graph is recorded in here
@@ -1177,19 +1210,19 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
     from torch.nn.functional import log_softmax  # float32 inside, whatever the dtype of its input
 
     kind, (vocabulary, width) = hidden.device.type, weight.shape  # "cuda" or "cpu"; V, H
-    mixed = torch.is_autocast_enabled(kind)  # --bf16, --fp16
+    mixed = torch.is_autocast_enabled(kind)  # with --bf16, --fp16, or set by the launcher
     dtype = torch.get_autocast_dtype(kind) if mixed else hidden.dtype  # of the products with the vocabulary
     # GradScaler has not scaled these gradients yet, and unscaled they can be too small for float16: float32 instead.
     precise = torch.float32 if dtype == torch.float16 else dtype  # of the logits' gradients and of products with them
-    most = LOSS_MEMORY.get(kind, LOSS_MEMORY["cpu"]) / (precise.itemsize * vocabulary)  # tokens that fit the memory
+    memory, few, part, whole = LOSS_SIZES.get(kind, LOSS_SIZES["cpu"])  # other devices have little memory, too
+    most = memory / (precise.itemsize * vocabulary)  # tokens that fit it
     rows = math.ceil(len(labels) / math.ceil(len(labels) / max(1, int(most))))  # tokens in a chunk, all nearly equal
-    few = SOFTMAX_ROWS.get(kind, SOFTMAX_ROWS["cpu"])  # tokens of it that go through the softmax at a time
-    size = min(vocabulary, VOCABULARY_PART.get(kind, VOCABULARY_PART["cpu"]))  # words that are multiplied at a time
-    parts = [slice(first, min(first + size, vocabulary)) for first in range(0, vocabulary, size)]  # 8, or 32
+    size = min(vocabulary, part)  # words in a part
+    parts = [slice(first, min(first + size, vocabulary)) for first in range(0, vocabulary, size)]  # 8 on a GPU
     cast, made, sums = (weight.new_empty(size, width, dtype=of) for of in (dtype, precise, torch.float32))  # used again
-    head = weight.to(dtype) if kind == "cuda" else weight  # a GPU casts it once, a CPU part by part: 0.3 GB less
-    if kind == "cpu":  # the layers have freed much, which the C library keeps
-        ctypes.CDLL(None).malloc_trim(0)  # gives it back before the largest tensors are made: 0.3 GB, in 25 ms
+    head = weight.to(dtype) if whole else weight  # once for all chunks, or part by part: 0.3 GB less
+    with contextlib.suppress(AttributeError):  # the layers have freed much, which the GNU C library, and no other, …
+        ctypes.CDLL(None).malloc_trim(0)  # … gives back so, before the largest tensors are made: 0.3 GB, in 25 ms
     learnt = labels != -100  # (N,): which tokens count
     targets = labels.clamp(min=0)[:, None]  # (N, 1): -100 is no index
     losses = torch.empty(len(labels), dtype=torch.float32, device=labels.device)  # (N,)
@@ -1200,18 +1233,18 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
         """Return a part of the head in the wanted dtype."""
         for matrix in (head, weight):  # one of them may have it
             if matrix.dtype == wanted:  # then nothing has to be copied
-                return matrix[part]  # a view of it
+                return matrix[part]  # a view: no memory
         return cast[: part.stop - part.start].copy_(weight[part])  # valid until the next part
 
     with torch.no_grad(), torch.autocast(kind, enabled=False):  # every dtype is chosen here
-        for first in range(0, len(labels), rows):  # a chunk
+        for first in range(0, len(labels), rows):  # a chunk: few enough tokens for their logits to fit
             chunk = slice(first, first + rows)  # the last one may be shorter
             states = hidden[chunk].to(dtype)  # (rows, H)
             logits = torch.empty(len(states), vocabulary, dtype=precise, device=weight.device)  # the one large tensor
-            for part in parts:  # all words
+            for part in parts:  # all words: the chunk's logits are complete then
                 logits[:, part] = states @ words(part, dtype).T  # (rows, size)
             if cap:  # Gemma 2 has 30, Gemma 3 none
-                logits.div_(cap).tanh_().mul_(cap)  # in place
+                logits.div_(cap).tanh_().mul_(cap)  # in place, as no one else needs them uncapped
             splits = (tensor.split(few) for tensor in (logits, targets[chunk], losses[chunk]))  # views: writable
             for scores, target, loss in zip(*splits, strict=True):  # a few tokens at a time: float32 is large
                 logs = log_softmax(scores, -1, dtype=torch.float32)  # log p of every word
@@ -1219,20 +1252,20 @@ def token_losses(hidden, weight, labels, cap, with_gradients):  # a plain functi
                 loss.copy_(-known[:, 0])  # in its place in losses
                 if with_gradients:  # d loss / d logit is p − 1 for the label and p for all other words
                     bend = 1 - (scores / cap).square() if cap else None  # the derivative of the tanh is 1 − tanh²
-                    scores.copy_(logs.exp_())  # p, in the place of the logits
+                    torch.exp(logs, out=scores)  # p, in the place of the logits
                     scores.scatter_(-1, target, known.expm1().to(precise))  # p − 1, exact also where p is nearly 1
-                    if cap:  # the chain rule
-                        scores.mul_(bend)  # d capped / d logit
+                    if cap:  # d loss / d logit, by the chain rule
+                        scores.mul_(bend)  # × d capped / d logit
 
             if with_gradients:  # logits holds d loss / d logit by now
                 inputs = hidden[chunk].to(precise) * learnt[chunk, None]  # (rows, H): 0 for -100
                 back = torch.zeros(len(states), width, device=weight.device)  # (rows, H), float32: a sum over the parts
-                for part in parts:  # all words
+                for part in parts:  # once more through the vocabulary
                     slope, gradient = logits[:, part], made[: part.stop - part.start]  # (rows, size), (size, H)
                     back += slope @ words(part, precise)  # d loss / d hidden
                     torch.mm(slope.T, inputs, out=gradient)  # d loss / d head
                     if first == 0:  # the first chunk: spares filling to_weight with zeros
-                        to_weight[part].copy_(gradient)  # in float32
+                        to_weight[part].copy_(gradient)  # in float32, the dtype of the sum
                     else:  # further ones; cast first, as adding 16 to 32 bits takes a CPU four times as long
                         to_weight[part].add_(sums[: len(gradient)].copy_(gradient))  # summed in float32
                 to_hidden[chunk] = back * learnt[chunk, None]  # in the dtype of hidden
@@ -1276,10 +1309,10 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
     class TableRows(torch.autograd.Function):  # a tied weight, on its way to where it is the table of embeddings
         """(weight, made) → weight. Its gradient here is a row for each token: nothing as large as the weight."""
 
-        @staticmethod  # as above
+        @staticmethod  # apply() calls it on the class, not on an object
         def forward(ctx, weight, made):  # made: the list of above
             """Change nothing."""
-            ctx.made = made  # empty as yet
+            ctx.made = made  # empty until the loss goes backward
             return weight.view_as(weight)  # the same memory
 
         @staticmethod  # called at the end of the backward pass
@@ -1310,9 +1343,9 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
         made = [] if spare and head.weight.device.type == "cpu" else None  # a GPU would add in any order
         table.sparse = made is not None  # its gradient; only now, as DDP would take the weight's for sparse, too
         if table.sparse:  # the table takes its weight from TableRows
-            rows = dict.fromkeys(tied, TableRows.apply(head.weight, made))  # one name
-            outputs = torch.func.functional_call(model.base_model, rows, inputs, named)  # with it
-        else:  # as it is
+            rows = dict.fromkeys(tied, TableRows.apply(head.weight, made))  # by its name in the model
+            outputs = torch.func.functional_call(model.base_model, rows, inputs, named)  # instead of its own
+        else:  # a GPU, a compiled model, an evaluation, a head of its own
             outputs = model.base_model(*inputs, **named)  # through all layers
         hidden = outputs.last_hidden_state  # (batch, length, H)
         return chunked(hidden, labels, num_items_in_batch, made)  # gradients go to the head and to all layers
@@ -1323,11 +1356,45 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
     tied = [name for name, weight in model.base_model.named_parameters() if weight is head.weight]  # its name there
     ids = torch.arange(8, device=head.weight.device)[None]  # eight tokens are enough to tell two losses apart
     with torch.no_grad():  # two forward passes on 8 tokens: a fraction of a second
-        theirs, ours = own(input_ids=ids, labels=ids).loss, forward(input_ids=ids, labels=ids)["loss"]  # scalars
-    if not torch.isclose(theirs.float(), ours, rtol=1e-3):  # scaled logits, a further loss of the experts, …
+        theirs, ours = own(input_ids=ids, labels=ids).loss, forward(input_ids=ids, labels=ids)["loss"]  # two scalars
+    if not torch.isclose(theirs.float(), ours, rtol=1e-3, equal_nan=True):  # scaled logits, a loss of experts, …
         return False  # it keeps its own, and make_trainer() says so
     model.forward = forward  # on this object: accelerate wraps autocast around it later
     return True  # never holds more than a chunk of logits
+
+
+def use_lean_norms(model):  # six in each of the 18 layers
+    """Make Gemma 3's RMSNorm keep only its input for the backward pass; other models' norms stay as they are.
+
+    Autograd would also keep the normalized values, in float32: with them a token takes 1.3 MB of activations, without
+    0.9. The values are the same to the last bit; the gradient is that of the paper (arXiv:1910.07467), with 1 + weight.
+    """
+    import torch  # automatic differentiation
+
+    class LeanNorm(torch.autograd.Function):  # gradients of our own instead of a recorded graph
+        """(x, weight, eps) → x ÷ its root mean square × (1 + weight). x (…, D), any float dtype; weight (D,)."""
+
+        @staticmethod  # apply() calls it on the class, not on an object
+        def forward(ctx, x, weight, eps):  # eps: keeps a row of zeros from a division by zero
+            """Compute in float32, as the model's own does."""
+            wide = x.float()  # squares of 16-bit numbers need more digits
+            scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (…, 1): one number a token
+            ctx.save_for_backward(x, weight, scale)  # x is kept by the layer anyway
+            return (wide * scale * (1 + weight.float())).type_as(x)  # (…, D)
+
+        @staticmethod  # once a micro-batch for each norm
+        def backward(ctx, upstream):  # (…, D): d loss / d output
+            """Compute the normalized values once more: two multiplications a number."""
+            x, weight, scale = ctx.saved_tensors  # as above
+            normed, upstream = x.float() * scale, upstream.float()  # (…, D), float32
+            to_weight = (upstream * normed).flatten(0, -2).sum(0)  # (D,): over all tokens
+            upstream = upstream * (1 + weight.float())  # d loss / d normed
+            to_x = scale * (upstream - normed * (upstream * normed).mean(-1, keepdim=True))  # scale depends on x, too
+            return to_x.type_as(x), to_weight.type_as(weight), None  # none for eps
+
+    for norm in model.modules():  # 109 of them are such norms
+        if type(norm).__name__ == "Gemma3RMSNorm":  # Gemma's has 1 + weight, others' have not
+            norm.forward = lambda x, norm=norm: LeanNorm.apply(x, norm.weight, norm.eps)  # of this object
 
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -1364,11 +1431,11 @@ def peak_flops(training_args):  # what the processes could do at best
     return peaks[0] * 1e12 * training_args.world_size if peaks else None  # of all together
 
 
-def steps_in_epoch(chunks, training_args):  # known before the Trainer starts
-    """Return the optimizer steps in an epoch over so many chunks, by the arithmetic of the Trainer; at least 1."""
-    batch = training_args.train_batch_size * training_args.world_size  # chunks in one forward pass of all processes
-    passes = chunks // batch if training_args.dataloader_drop_last else math.ceil(chunks / batch)  # forward passes
-    return max(1, math.ceil(passes / training_args.gradient_accumulation_steps))  # the last step may be short
+def epoch_of(chunks, training_args):  # known before the Trainer starts
+    """Return (chunks in a forward pass of all processes, chunks used in an epoch, its optimizer steps, at least 1)."""
+    batch = training_args.train_batch_size * training_args.world_size  # the last one of an epoch may be smaller
+    used = chunks - chunks % batch if training_args.dataloader_drop_last else chunks  # or is left out, by this flag
+    return batch, used, max(1, math.ceil(used / batch / training_args.gradient_accumulation_steps))  # the last is short
 
 
 def make_trainer(model, tokenizer, training_args, train, validation, stop, facts, lock):  # the loop, made unkillable
@@ -1390,8 +1457,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     past = facts["progress"]  # what earlier calls of this run did; empty at a fresh start
     chunks = len(train) if train is not None else 0  # of the training data; none for --do_eval
     length = len(train[0]["input_ids"]) if chunks else 1  # tokens per chunk
-    batch = training_args.train_batch_size * world  # chunks in one forward pass of all processes
-    epoch_steps = steps_in_epoch(chunks, training_args)  # of the optimizer
+    batch, used, epoch_steps = epoch_of(chunks, training_args)  # chunks in a forward pass; chunks and steps in an epoch
     flops = flops_per_token(model.config, sum(weight.numel() for weight in model.parameters()), length)  # 1.7e9
     peak = peak_flops(training_args)  # of all devices; None on a CPU
     collator = DataCollatorForLanguageModeling(tokenizer, mlm=False)  # mlm=False: predict the next token
@@ -1407,9 +1473,8 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     def tokens_until(step):  # no process has to be asked: every chunk is full, and an epoch has as many each time
         """Return the tokens that all processes have trained on after so many optimizer steps of the run."""
         epochs, steps = divmod(step, epoch_steps)  # whole epochs, and steps in the present one
-        an_epoch = chunks // batch * batch if training_args.dataloader_drop_last else chunks  # chunks in an epoch
-        now = min(steps * batch * training_args.gradient_accumulation_steps, an_epoch)  # its last step may be short
-        return (epochs * an_epoch + now) * length  # chunks → tokens
+        now = min(steps * batch * training_args.gradient_accumulation_steps, used)  # its last step may be short
+        return (epochs * used + now) * length  # chunks → tokens
 
     class Abandoned(Exception):  # noqa: N818  no error
         """An evaluation ends early, because a signal has come."""
@@ -1429,14 +1494,13 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 loss = min(logs["eval_loss"], 700)  # exp(710) is more than a float can hold
                 logs["eval_perplexity"] = math.exp(loss)  # tokens it hesitates between; evaluate() returns it, too
             if "learning_rate" in logs:  # a line of training; its loss has just waited for the device anyway
-                now, step = time.time(), self.state.global_step  # of this line
+                now, step = time.time(), self.state.global_step  # when, and after which step, this line is written
                 logs["loss"] = self.accelerator.gather(self.weighted).mean().item() / self.unlogged  # of a token
                 self.weighted, self.unlogged = torch.zeros_like(self.weighted), 0  # the next line begins here
                 speed = (tokens_until(step) - tokens_until(self.logged[1])) / max(now - self.logged[0], 1e-9)  # of all
                 pace = (now - self.began[0]) / (step - self.began[1])  # seconds a step, evaluations and saves included
-                memory = getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes of this process, at its highest
-                if self.args.device.type == "cuda":  # then the GPU's is the one that matters
-                    memory = torch.cuda.max_memory_allocated()  # of this process's GPU
+                gpu = self.args.device.type == "cuda"  # then its memory is the one that matters
+                memory = torch.cuda.max_memory_allocated() if gpu else getrusage(RUSAGE_SELF).ru_maxrss * 1024  # bytes
                 logs |= {"tokens_per_second": round(speed), "tokens_seen": tokens_until(step),  # of all processes
                          "peak_memory_gb": round(memory / 1e9, 2),  # near the GPU's size it is time for the remedies
                          "minutes_left": round((self.state.max_steps - step) * pace / 60, 1)}  # to the last step
@@ -1469,12 +1533,12 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                     losses = result["token_losses"].mean(1)  # one of each chunk
                 else:  # a model's own loss, the mean of a batch: one chunk at a time
                     each = [model(input_ids=row[None], labels=row[None]).loss.float() for row in ids]  # scalars
-                    losses = torch.stack(each)  # (batch,)
+                    losses = torch.stack(each)  # (batch,): one for each chunk, as above
             return None, losses, losses  # predictions and labels: gathered over the ranks, the repeated ones dropped
 
         def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *rest, **named):  # after a step; again after an epoch
             """Count the step's loss; stop all ranks at a NaN before it is saved, or at a signal after a checkpoint."""
-            step, control, again = self.state.global_step, self.control, self.state.global_step == self.step  # twice?
+            step, control, again = self.state.global_step, self.control, self.state.global_step == self.step  # not new
             tokens = tokens_until(step) - tokens_until(self.step)  # in this step; none in the call after an epoch
             self.weighted = self.weighted + (tr_loss - self.counted) * tokens  # its mean loss × its tokens
             self.step, self.unlogged = step, self.unlogged + tokens  # so that the second call of an epoch adds nothing
@@ -1487,7 +1551,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             if closing:  # the epoch's evaluation may come with it, and a checkpoint shall hold what came of that
                 self.late, control.should_save = control.should_save, False  # a save waits for the second call
             elif self.late:  # the second call
-                self.late, control.should_save = False, True  # now
+                self.late, control.should_save = False, True  # the evaluation of the epoch has been made
             ordered = agree(stop.signal) if not closing and step < self.state.max_steps else 0  # the same on all ranks
             if ordered:  # the lines below and the Trainer do it
                 control.should_save = control.should_training_stop = True  # a checkpoint, and no further step
@@ -1496,9 +1560,9 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 first = int(self.accelerator.gather(self.bad_step).max())  # the same on all ranks: all stop together
                 if first:  # the weights are spoilt from this step on
                     causes = "a --learning_rate too high, --fp16, a broken model"  # the likeliest first
-                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, and "  # which
-                         f"nothing was saved after it. Usual causes: {causes}. Change that, and start with "  # why
-                         "another --output_dir", status=1)  # going on from the last checkpoint would end the same way
+                    fail(f"the loss or gradient of step {first} is not a finite number: training stops, "  # the first
+                         f"and nothing was saved after it. Usual causes: {causes}. Change that, "  # what to look at
+                         "and start with another --output_dir", status=1)  # going on would end the same way
 
             start = time.time()  # evaluations and saves shall not count as slow training
             try:  # a log line, an evaluation, a checkpoint: what is due
@@ -1534,13 +1598,13 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             try:  # the disk may be full, or gone
                 super()._save_checkpoint(model, trial)  # each rank writes its random state, rank 0 all else
                 self.accelerator.wait_for_everyone()  # nobody is still writing
-                if self.args.should_save:  # rank 0
+                if self.args.should_save:  # rank 0, which has written most of it
                     if (self.state.best_model_checkpoint or "").startswith(staging):  # this one, at its present place
                         self.state.best_model_checkpoint = final  # where it is going to be
-                        self.state.save_to_json(os.path.join(draft, "trainer_state.json"))  # put right
+                        self.state.save_to_json(os.path.join(draft, "trainer_state.json"))  # with the present place
                     best = self.state.best_model_checkpoint  # this one, one of before, or None
                     if best and self.args.load_best_model_at_end:  # without it no later call could end as this one
-                        progress["best"] = os.path.relpath(best, output_dir)  # checkpoint-M
+                        progress["best"] = os.path.relpath(best, output_dir)  # a name only: the run may move
                     seal(draft, {**facts, "progress": progress})  # checksums, and on the disk
                     os.rename(draft, final)  # from this instant on it is the newest checkpoint
                     flush(output_dir)  # the rename as well
@@ -1549,13 +1613,13 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 self.accelerator.wait_for_everyone()  # the others see it, too
             except Exception as error:  # torch and safetensors report a full disk with kinds of their own
                 needed = 12 * sum(weight.numel() for weight in self.model.parameters())  # float32 weights, Adam's two
-                free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes
+                free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes; 0: it is gone
                 if not isinstance(error, OSError) and "strerror" not in str(error) and free > needed:  # torch's word
                     raise  # something else than the disk: not ours to explain
                 words = " ".join(str(error).split())  # No space left on device, …
-                size = f"it needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free"  # gigabytes
-                fail(f"{name} could not be saved in {output_dir} ({words}): {size}. Earlier checkpoints are "  # which …
-                     "whole: make space, then the same command goes on", status=1)  # … is all that can be lost
+                size = f"it needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free"  # both in gigabytes
+                fail(f"{name} could not be saved in {output_dir} ({words}): {size}. "  # which, where and why
+                     "Earlier checkpoints are whole: make space, then the same command goes on", status=1)  # no loss
             finally:  # whether it was saved or not
                 if self.args.should_save:  # the others leave it alone
                     shutil.rmtree(staging, ignore_errors=True)  # empty after a rename; gives its space back otherwise
@@ -1565,7 +1629,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         if world == 1:  # a single process need not ask anybody
             return signal_  # its own signal decides
         highest = torch.tensor(signal_)  # on the CPU, so that no GPU is waited for
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)  # a few bytes a step
+        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)  # a few bytes a step, or an evaluated batch
         return highest.item()  # the same on all ranks
 
     class Restore(TrainerCallback):  # events that are no method of the Trainer
@@ -1587,7 +1651,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                 state.best_model_checkpoint = os.path.join(past["folder"], past["best"])  # to load it at the end
             if past.get("evaluate"):  # the last call was stopped before it could
                 try:  # it logs the result at its own step
-                    if trainer._determine_best_metric(trainer._evaluate(None, None), None):  # a new best one
+                    if trainer._determine_best_metric(trainer._evaluate(None, None), None):  # better than all before
                         best = f"checkpoint-{state.global_step}"  # the one that the run goes on from
                         state.best_model_checkpoint = os.path.join(past["folder"], best)  # to load it at the end
                 except Abandoned:  # stopped once more
@@ -1609,9 +1673,13 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         callbacks=[Restore()],  # after the Trainer's own
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()},  # all chunks have as many tokens: a plain mean
     )
+    model.to(training_args.device)  # where it is already, but for --bf16_full_eval
+    if not (training_args.use_liger_kernel or training_args.torch_compile):  # which have lean ones of their own
+        use_lean_norms(model)  # a third less to keep for the backward pass
     with trainer.accelerator.autocast():  # 16 bits, without which Flash Attention refuses the trial of eight tokens
         if not use_chunked_loss(model):  # on the device by now
-            say("note     this model has no plain head: its own loss is used, which holds all logits in memory")  # slow
+            say("note     this model has no plain head: its own loss is used, "  # slower, and with more memory
+                "which holds all logits in memory")  # halve the batch if it is too much
     if "tensorboard" in training_args.report_to and training_args.process_index == 0:  # the others write nothing
         use_one_curve(trainer, past)  # however often the run is stopped
     return trainer  # ready to train or to evaluate
@@ -1619,11 +1687,11 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
 def use_one_curve(trainer, past):  # the Trainer's own callback opens a folder for each call
     """Let TensorBoard show one curve in output_dir/runs. past (dict): the progress that the run goes on from, or {}."""
-    from torch.utils.tensorboard import SummaryWriter  # event files
+    from torch.utils.tensorboard import SummaryWriter  # the files that tensorboard --logdir reads
     from transformers.integrations import TensorBoardCallback  # the Trainer has added one without purge_step
 
     trainer.remove_callback(TensorBoardCallback)  # it would open a folder for each call
-    runs = os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(trainer.args.output_dir, "runs")  # one folder
+    runs = os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(trainer.args.output_dir, "runs")  # for every call
     if not past or past["step"] < past["max_steps"]:  # there are steps to make
         first = None if trainer.train_dataset is None else past.get("step", -1) + 1  # the first step to come, if any
         board = TensorBoardCallback(SummaryWriter(runs, purge_step=first))  # hides what was written from there on
@@ -1640,19 +1708,18 @@ def banner(args, training_args, model, train, validation):  # read it before a n
     peak = peak_flops(training_args)  # of all processes
     assumed = f"; MFU against {peak / 1e12:,.0f} TFLOP/s" if peak else ""  # said once, here
     parameters = sum(weight.numel() for weight in model.parameters())  # the tied head is counted once
-    data = [f"{name} {len(chunks):,} chunks = {len(chunks) * args.max_seq_length:,} tokens"  # after limits
+    data = [f"{name} {len(chunks):,} chunks = {len(chunks) * args.max_seq_length:,} tokens"  # of all that is used
             for name, chunks in (("train", train), ("validation", validation)) if chunks is not None]  # one or both
     say(  # the first half: what trains where on what
         f"model    {args.model_name_or_path}, {parameters:,} parameters in float32, "  # the weights
         f"{model.config._attn_implementation} attention",  # sdpa or flash_attention_2
         f"device   {training_args.device.type}, {world} process{'es' if world > 1 else ''}, {dtype}{assumed}",  # where
-        f"data     {', '.join(data)}",  # on which text
+        f"data     {', '.join(data)}",  # how much text there is for each
     )
     if train is not None:  # --do_eval has no plan of steps
         chunks, accumulation = len(train), args.gradient_accumulation_steps  # in an epoch; batches in a step
-        batch = args.per_device_train_batch_size * world  # chunks in one forward pass of all processes
+        batch, used, epoch = epoch_of(chunks, training_args)  # chunks in a forward pass; chunks and steps in an epoch
         total = batch * accumulation  # chunks in one optimizer step
-        epoch = steps_in_epoch(chunks, training_args)  # of the optimizer
         steps = math.ceil(args.num_train_epochs * epoch)  # as the Trainer counts them; half an epoch is possible
         if training_args.max_steps > 0:  # overrides the epochs
             steps = training_args.max_steps  # -1 where it was not given
@@ -1671,16 +1738,14 @@ def banner(args, training_args, model, train, validation):  # read it before a n
             reached = reached if steps > 1 else "its one step has the learning rate 0 and learns nothing"  # a trial run
             say(f"note     the run is shorter than its warm-up: {reached}; "  # surely not meant
                 f"lower --warmup_steps, to {steps // 10} for example")  # a tenth is usual
-        drop = training_args.dataloader_drop_last  # the Trainer's flag: a forward pass is full or is not made
-        used = chunks - chunks % batch if drop else chunks  # in each epoch, not always the same ones
         if used == 0:  # the Trainer would make steps of nothing
             fail(f"--dataloader_drop_last leaves nothing to train on: {chunks:,} chunks make no batch of "  # so few
-                 f"{batch:,}; leave it out, or lower --per_device_train_batch_size")  # two ways on
+                 f"{batch:,}; leave it out, or lower --per_device_train_batch_size")  # both leave some to train on
         if used < total:  # a handful of texts and the default accumulation
             say(f"note     all {used:,} chunks make less than one step of {total:,}: lower "  # more steps learn more
                 f"--gradient_accumulation_steps to {max(1, used // batch)} for a full one")  # what the data fills
         elif used % total:  # nearly always; worth knowing when epochs are short
-            say(f"note     the last step of each epoch has {used % total:,} of {total:,} chunks")  # a rougher mean
+            say(f"note     the last step of each epoch has {used % total:,} of {total:,} chunks")  # fewer than usual
         if used < chunks:  # others in the next epoch
             say(f"note     {chunks - used:,} chunks are left out of each epoch: --dataloader_drop_last")  # as asked for
         elif world > 1 and chunks % batch:  # all processes must make the same forward passes
@@ -1695,7 +1760,7 @@ def banner(args, training_args, model, train, validation):  # read it before a n
         free = shutil.disk_usage(args.output_dir).free  # bytes that this user may still write
         if free < needed:  # 12 bytes a parameter: the weights and Adam's two moments in float32
             say(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in {args.output_dir}, where "  # at most
-                f"{free / 1e9:.2g} GB are free: make space or lower --save_total_limit")  # two remedies
+                f"{free / 1e9:.2g} GB are free: make space or lower --save_total_limit")  # each of them is enough
     say(f"output   {args.output_dir} (tensorboard --logdir {os.path.join(args.output_dir, 'runs')})")  # where to look
 
 
@@ -1711,9 +1776,9 @@ def evaluate_and_save(trainer, known=None):  # --do_eval, and the end of every t
 
 def save_metrics(trainer, split, metrics):  # of "train" or "eval"
     """Print metrics as a table, write them to {split}_results.json, and join them to those in all_results.json."""
-    trainer.log_metrics(split, metrics)  # on the console
+    trainer.log_metrics(split, metrics)  # on the console, of rank 0
     try:  # reads what all_results.json holds already
-        trainer.save_metrics(split, metrics)  # rank 0
+        trainer.save_metrics(split, metrics)  # rank 0 writes
     except ValueError:  # a kill has cut it short
         os.remove(os.path.join(trainer.args.output_dir, "all_results.json"))  # made from what is saved now
         trainer.save_metrics(split, metrics)  # now it makes a new one
@@ -1743,8 +1808,8 @@ def train_and_save(trainer, checkpoint, facts, lock):  # the night: after a kill
     staging = os.path.join(output_dir, ".staging")  # a kill in here leaves no half model: the same command goes on
     trainer.model.config.use_cache = True  # generation with the saved model wants its cache back
     trainer.save_model(staging)  # model.safetensors, config.json, tokenizer; all ranks call it, rank 0 writes
-    if trainer.args.should_save:  # rank 0
-        seal(staging, {**facts, "progress": {"step": trainer.state.global_step}})  # with checksums
+    if trainer.args.should_save:  # rank 0, whose files these are
+        seal(staging, {**facts, "progress": {"step": trainer.state.global_step}})  # a checksum of every file
         for name in sorted(os.listdir(staging), key=lambda name: name.endswith(".safetensors")):  # the weights last
             if name != "manifest.json":  # waits for the metrics
                 os.replace(os.path.join(staging, name), os.path.join(output_dir, name))  # whole or absent
@@ -1755,7 +1820,7 @@ def train_and_save(trainer, checkpoint, facts, lock):  # the night: after a kill
         same = rows and rows[0]["step"] == trainer.state.global_step and not best  # nothing new to measure
         evaluate_and_save(trainer, {**rows[0]} if same else None)  # loss and perplexity
     save_metrics(trainer, "train", metrics)  # train_results.json and all_results.json
-    if trainer.args.should_save:  # rank 0
+    if trainer.args.should_save:  # rank 0, as before
         os.replace(os.path.join(staging, "manifest.json"), os.path.join(output_dir, "manifest.json"))  # finished
         shutil.rmtree(staging, ignore_errors=True)  # empty by now; if this is killed, the next start removes it
         flush(output_dir)  # all renames above are on the disk before the exit status says so
@@ -1798,9 +1863,10 @@ def main(argv=None):  # the table of contents
         training_args.eval_strategy = IntervalStrategy.NO  # --eval_steps has no meaning then
 
     model = load_model(args.model_name_or_path, tokenizer, args.use_flash_attention)  # float32, still on the CPU
+    found = digests(model, train, validation)  # the same files, to the last token and weight?
+    RANKS.compare("data", found)  # each machine may have copies of its own
     if not args.evaluate_only:  # is the checkpoint's run really this one?
-        facts["settings"] |= digests(model, train)  # the same files, to the last token and weight
-        RANKS.compare("data", facts["settings"])  # each machine may have copies of its own
+        facts["settings"] |= {name: found[name] for name in ("model", "train_data")}  # that decide the weights
         checkpoint, manifest = same_run(args, checkpoint, manifest, facts["settings"])  # or a sentence
     past = facts["progress"] = manifest.get("progress", {})  # what earlier calls did: the step, the losses, the time
     if past:  # an earlier call has made some steps, or all of them
@@ -1822,12 +1888,12 @@ def main(argv=None):  # the table of contents
     if checkpoint:  # the same command again
         say(f"Going on from {checkpoint}, step {past['step']:,} of {past['max_steps']:,}.")  # how far it had come
         if manifest["versions"] != facts["versions"]:  # not refused: a run may move to another machine
-            say(f"warning  the weights may differ in their last bits: the run began with {manifest['versions']}, "  # …
-                f"and goes on with {facts['versions']}")  # torch, transformers or the device
+            say(f"warning  the weights may differ in their last bits: the run began with "  # and why:
+                f"{manifest['versions']}, and goes on with {facts['versions']}")  # torch, transformers or the device
     try:  # a full GPU shows at the first step, or at the first evaluation
-        if args.evaluate_only:  # --do_eval
+        if args.evaluate_only:  # --do_eval alone
             evaluate_and_save(trainer)  # loss and perplexity
-        else:  # the usual case
+        else:  # --do_train, or neither of the two
             train_and_save(trainer, checkpoint, facts, lock)  # the finished model in output_dir
     except (ImportError, ValueError) as error:  # --use_liger_kernel without its package, --adam_beta1 2, …
         fail(f"a flag of the Trainer cannot be used: {' '.join(str(error).split())}")  # its own words, on one line
@@ -1839,8 +1905,8 @@ def main(argv=None):  # the table of contents
             raise  # not ours to explain
         fail(f"out of memory on {training_args.device}: {REMEDIES}", status=1)  # the data is right, the call too
     results = os.path.join(args.output_dir, "all_results.json")  # loss, perplexity, speed
-    say(f"Done: the metrics are in {results}" if args.evaluate_only else  # what now
-        f"Done: the model is in {args.output_dir}, its metrics in {results}.")  # load it with from_pretrained
+    say(f"Done: the metrics are in {results}" if args.evaluate_only else  # of an evaluation alone
+        f"Done: the model is in {args.output_dir}, its metrics in {results}.")  # for from_pretrained()
 
 
 if __name__ == "__main__":  # imported by tests, which call the functions above

@@ -53,7 +53,6 @@ TEXT
 program() {  # run by Python, with the settings above in its environment and accelerate's arguments behind it
     cat <<'PYTHON'  # the standard library is enough until all are here
 import ctypes  # the system's own functions
-import fcntl  # asks an interface for its address
 import json  # what the machines tell each other
 import os  # settings, in the environment
 import select  # waits for several connections at a time
@@ -108,7 +107,7 @@ def wrong(theirs, place, here):  # looks at what one machine says of itself
 
 
 def host():  # on the main machine
-    """Wait until all other machines have come, and let all begin. Returns: this machine's address."""
+    """Wait until all other machines have come, and let all begin."""
     try:  # to listen at the address, on any free port
         socket.create_server((address, 0)).close()  # works with own addresses only
     except OSError as error:  # of another machine, or a name that nobody knows
@@ -146,11 +145,10 @@ def host():  # on the main machine
     for peer in peers.values():  # all machines are here
         peer.sendall(b"go")  # ends the waiting in join()
     server.close()  # the launcher takes the port over
-    return socket.gethostbyname(address)  # MAIN_NODE_IP may also be a name
 
 
 def join():  # on the other machines
-    """Wait until the main machine says that all are here. Returns: this machine's address, as seen from there."""
+    """Wait until the main machine says that all are here."""
     while True:  # ends with the sign to go, or in patience() after NODE_WAIT seconds
         state = "cannot be reached"  # holds unless the next line succeeds
         try:  # the main machine may not be up yet
@@ -163,7 +161,7 @@ def join():  # on the other machines
                     patience(f"the main machine {address} is there, another one is missing")  # the main one says which
                 answer = peer.recv(4096).decode()  # empty when it has ended
                 if answer == "go":  # all machines are here
-                    return peer.getsockname()[0]  # of the network that leads there
+                    return  # to load torch, or to start the training
                 if answer:  # it has found something wrong
                     stop(answer)  # the same sentence on all machines
         except OSError as error:  # refused, no route, unknown name, silence
@@ -172,19 +170,7 @@ def join():  # on the other machines
         time.sleep(1)  # before the next try
 
 
-def meet():  # before torch is loaded, and after
-    """Wait for all machines, and choose the network interface for gloo, which would take that of the host name."""
-    own = join() if rank else host()  # the IPv4 address of this machine
-    for _, name in socket.if_nameindex():  # network interfaces: eth0, lo, …
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as query:  # any socket can be asked
-            try:  # SIOCGIFADDR, with the name in 40 bytes
-                found = fcntl.ioctl(query, 0x8915, name.encode().ljust(40, b"\0"))[20:24]  # four bytes: its address
-            except OSError:  # an interface without an address
-                continue  # is not the one we look for
-        if socket.inet_ntoa(found) == own:  # the one that the others reach
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)  # unless you have set it
-
-
+meet = join if rank else host  # the main machine counts those that come
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the waiting without a traceback
 if retries != "0":  # the shell waits for this process, to start it again
     ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # its death ends the launcher, too (PR_SET_PDEATHSIG)
@@ -271,7 +257,8 @@ launch() {  # this machine's part of the training
     local command=(python -c "$(program)"  # in the place of: accelerate launch
         --num_machines "$NUM_MACHINES" --num_processes "$TOTAL_GPUS" --machine_rank "$NODE"  # of all machines together
         --main_process_ip "$MAIN_NODE_IP" --main_process_port "$MAIN_PORT" --rdzv_conf timeout=60  # where all meet
-        --multi_gpu --mixed_precision no --dynamo_backend no  # also without GPUs; main.py's own --bf16 decides
+        --gpu_ids all --multi_gpu  # those of CUDA_VISIBLE_DEVICES, whatever `accelerate config` was told; also on CPUs
+        --mixed_precision no --dynamo_backend no  # main.py's own --bf16 decides
         "$here/main.py" "${training[@]}"  # the same on every machine
     )
     ((MAX_RETRIES > 0)) || exec "${command[@]}"  # signals reach the launcher, and its status is ours

@@ -368,7 +368,7 @@ def host_name(found):  # gloo listens on the address of the host's name
                f"export GLOO_SOCKET_IFNAME=one of {', '.join(sorted(known))}" if missing else "")  # those there are
         return  # the name does not matter
     interface = found[0][0] if found and found[0][0] != "address" else "eth0"  # the first that others reach
-    remedy = f"export GLOO_SOCKET_IFNAME={interface} (multinode_train.sh does so by itself)"  # nothing else to change
+    remedy = f"export GLOO_SOCKET_IFNAME={interface} (main.py does so by itself)"  # nothing else to change
     try:  # /etc/hosts, or a name server that is away
         resolved = within(3, socket.gethostbyname, name)  # as gloo does
     except OSError as error:  # neither in /etc/hosts nor at a name server

@@ -22,7 +22,8 @@ sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import throughput  # noqa: E402  its model, text and command line
 
-WORDS = 262_144  # of Gemma 3's vocabulary: what has this size belongs to the head
+WORDS = 262_144  # of Gemma 3's vocabulary
+HEAD = {WORDS}  # what has one of these sizes belongs to the head; profile() adds the words that main.py takes at a time
 
 
 def kind_of(event):
@@ -34,7 +35,7 @@ def kind_of(event):
     if "scaled_dot_product" in name or "attention" in name or "flash" in name:
         return "attention"
     matrix = name in ("aten::mm", "aten::addmm", "aten::bmm", "aten::linear", "aten::matmul")
-    if WORDS in sizes or WORDS // 8 in sizes:
+    if HEAD & sizes:
         return "head: matrix products" if matrix else "head: softmax, losses, casts, sums"
     return "layers: matrix products" if matrix else "layers: norms, activations, casts, sums"
 
@@ -63,6 +64,9 @@ def profile(argv, args):
     import main as trainer
 
     gpu = torch.cuda.is_available()
+    HEAD.add(trainer.LOSS_SIZES["cuda" if gpu else "cpu"][2])
+    if args.batch * args.length in HEAD:
+        sys.exit(f"{args.batch} x {args.length} tokens cannot be told from as many words: choose another --length")
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
     make, seen = trainer.make_trainer, []
 

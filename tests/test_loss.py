@@ -11,12 +11,10 @@ import main
 WIDTH, WORDS = 16, 97
 
 
-@pytest.fixture
-def short_chunks(monkeypatch):
+@pytest.fixture(params=[False, True], ids=["cast in parts", "cast as a whole"])
+def short_chunks(monkeypatch, request):
     """At most 7 tokens at a time, 3 in the softmax, 40 words: every test has several chunks and parts, uneven ones."""
-    monkeypatch.setitem(main.LOSS_MEMORY, "cpu", 7 * 4 * WORDS + 1)
-    monkeypatch.setitem(main.SOFTMAX_ROWS, "cpu", 3)
-    monkeypatch.setitem(main.VOCABULARY_PART, "cpu", 40)
+    monkeypatch.setitem(main.LOSS_SIZES, "cpu", (7 * 4 * WORDS + 1, 3, 40, request.param))
 
 
 def inputs(tokens, dtype=torch.float32, ignored=()):
@@ -99,7 +97,7 @@ def model(tiny):
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_model_learns_as_with_its_own_loss(model, cap, items, checkpointing, monkeypatch):
     """The tied embedding, every other weight, num_items_in_batch, two accumulated batches, gradient checkpointing."""
-    monkeypatch.setitem(main.LOSS_MEMORY, "cpu", 13 * 4 * model.config.vocab_size)
+    monkeypatch.setitem(main.LOSS_SIZES, "cpu", (13 * 4 * model.config.vocab_size, *main.LOSS_SIZES["cpu"][1:]))
     model.config.final_logit_softcapping = cap
     plain = copy.deepcopy(model)
     assert main.use_chunked_loss(model)
@@ -155,3 +153,42 @@ def test_other_models_keep_their_own_loss():
         other = AutoModelForCausalLM.from_config(config).eval()
         own = other.forward
         assert not main.use_chunked_loss(other) and other.forward == own
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 4), (1,)])
+def test_a_lean_norm_is_the_models_own(dtype, error, shape):
+    """The same values to the last bit, the gradients of float64, and nothing kept but the input and a number a row."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    torch.manual_seed(0)
+    norm = Gemma3RMSNorm(64)
+    torch.nn.init.normal_(norm.weight, std=0.3)
+    own, lean = torch.nn.Sequential(norm), torch.nn.Sequential(copy.deepcopy(norm))
+    main.use_lean_norms(lean)
+    x, slope = torch.randn(*shape, 64, dtype=dtype), torch.randn(*shape, 64, dtype=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        mine = lean(one := x.clone().requires_grad_())
+    assert torch.equal(mine, own(x)) and sum(t.numel() for t in kept) == x.numel() + 64 + x.numel() // 64
+    mine.backward(slope)
+    wide = copy.deepcopy(norm).double()
+    two = x.double().requires_grad_()
+    scale = torch.rsqrt(two.square().mean(-1, keepdim=True) + norm.eps)
+    (two * scale * (1 + wide.weight)).backward(slope.double())
+    near([one.grad, lean[0].weight.grad], [two.grad, wide.weight.grad], error)
+
+
+def test_all_norms_of_the_model_are_lean_and_other_models_keep_theirs(model):
+    """Six a layer and the last one; the logits do not change."""
+    from transformers import AutoModelForCausalLM, LlamaConfig
+
+    ids = torch.arange(40).view(2, 20)
+    before = model(input_ids=ids).logits
+    main.use_lean_norms(model)
+    assert torch.equal(model(input_ids=ids).logits, before)
+    assert sum("forward" in vars(part) for part in model.modules()) == 6 * model.config.num_hidden_layers + 1
+    small = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    other = AutoModelForCausalLM.from_config(LlamaConfig(**small))
+    main.use_lean_norms(other)
+    assert not any("forward" in vars(part) for part in other.modules())

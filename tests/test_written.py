@@ -25,7 +25,7 @@ def test_the_commands_for_two_machines_work(command, tmp_path, monkeypatch):
     monkeypatch.setattr(test_hosts, "CABLE", test_hosts.CABLE.replace("10.77.0.$((n + 1))", "192.168.1.$((n + 100))"))
     hosts = test_hosts.Hosts(tmp_path)
     (tmp_path / "shared").mkdir()
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "2,3", "GLOO_SOCKET_IFNAME": "eth0",
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": "2,3",
                         "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}  # fmt: skip
     made = not Path("/shared").exists()
     os.makedirs("/shared", exist_ok=True)
