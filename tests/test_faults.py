@@ -269,7 +269,7 @@ def test_ctrl_c_reaches_launcher_and_ranks_at_once(plain, tmp_path):  # noqa: F8
 def test_the_time_of_all_calls_is_reported(plain, servers, tmp_path):  # noqa: F811
     """B12: train_runtime, steps and samples a second cover the whole run."""
     output = tmp_path / "out"
-    argv = [*plain[0], "--output_dir", output, "--max_steps", 12, "--save_steps", 100]
+    argv = [*plain[0], "--output_dir", output, "--max_steps", 150, "--save_steps", 500]
     earlier = 0
     for seconds in (0.9, 1.0, 1.1, 1.2, 1.3):
         if servers[0].run(argv, output, seconds=seconds, number=signal.SIGTERM)["status"] == 0:
@@ -279,5 +279,5 @@ def test_the_time_of_all_calls_is_reported(plain, servers, tmp_path):  # noqa: F
     else:
         assert servers[0].run(argv, output)["status"] == 0
     results = json.loads((output / "train_results.json").read_text())
-    assert results["train_runtime"] > earlier
-    assert results["train_steps_per_second"] * results["train_runtime"] == pytest.approx(12, rel=0.05, abs=0.5)
+    assert results["train_runtime"] >= earlier > 0  # equal when the last signal came after the last step
+    assert results["train_steps_per_second"] * results["train_runtime"] == pytest.approx(150, rel=0.05)
