@@ -452,9 +452,10 @@ class Ranks:  # made by accelerate launch or torchrun
                 signal.signal(number_, lambda *_: os._exit(status))  # nothing is left to do here
             self.said = getattr(error, "sentence", f"{type(error).__name__}: {error}")  # for the other machines
             if not isinstance(error, SystemExit) and not self.over.is_set():  # nobody has explained it
-                if re.search("timed ?out", self.said, re.I) and (quiet := self.missing(5)):  # torch has no names
-                    self.complain(f"{quiet}, so the run ends ({self.said})")  # for what it waited in vain
-                else:  # a fault of this rank, or a connection that was closed
+                lost = re.search("timed ?out", self.said, re.I) and self.missing(5)  # torch has no names for whom
+                if lost := lost or ("by peer" in self.said and "another process was lost"):  # it closed its connections
+                    self.complain(f"{lost}, so the run ends ({self.said})")  # with torch's words behind ours
+                else:  # a fault of this rank
                     sys.excepthook(type(error), error, error.__traceback__)  # as Python would print it
             threading.Timer(self.limit, os._exit, [status]).start()  # at the latest: a cut network may hold this thread
             with contextlib.suppress(Exception):  # nobody can be told
