@@ -127,7 +127,7 @@ def parse_args(argv=None):  # all that the user decides
 
     add = parser.add_argument_group("model").add_argument  # which weights, which attention
     add("--model_name_or_path", **path, default="google/gemma-270m", help="hub name or directory")  # an alias, above
-    add("--use_flash_attention", **switch, help="version 2; needs a GPU and flash-attn; sets --bf16")  # optional
+    add("--use_flash_attention", **switch, help="version 2; needs a GPU and flash-attn; sets --bf16")  # else sdpa
 
     add = parser.add_argument_group("data").add_argument  # either files or a data set, never both
     add("--dataset_name", **path, help="hub name, or a local data set directory")  # its train and validation splits
@@ -170,7 +170,7 @@ def parse_args(argv=None):  # all that the user decides
 
     add = parser.add_argument_group("misc").add_argument  # several processes, repeatability, what to do
     add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # for a lost one
-    add("--seed", type=number(int, 0), default=42, help="of the order of chunks and of new weights")  # else the same
+    add("--seed", type=number(int, 0), default=42, help="of the order of chunks and of new weights")  # and dropout
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # accepted as other scripts do
     add("--do_eval", **switch, help="given alone: only evaluate the model on the validation data")  # before and after
 
@@ -226,10 +226,10 @@ def check_args(args):  # what argparse cannot say
             fail(f"{flag} {name}: no such directory; give one, or a hub name (text goes to --train_file)")  # a slip?
     if os.path.isdir(model):  # look at once whether it can be a model
         if not os.path.isfile(os.path.join(model, "config.json")):  # what kind of model is it?
-            fail(f"--model_name_or_path {model}: the directory has no config.json; name a saved model")  # one level off
+            fail(f"--model_name_or_path {model}: the directory has no config.json; name a saved model")  # a wrong path
         both = ("*.safetensors", "pytorch_model*.bin")  # what weights are called now, and were called once
         if not any(glob.glob(pattern, root_dir=model) for pattern in both):  # neither: a copy that was cut short
-            fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # a half
+            fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # save it anew
 
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
     last = args.resume_from_checkpoint = last and (last.rstrip(os.sep) or os.sep)  # its last part is to be its name
@@ -340,7 +340,7 @@ class Ranks:  # made by accelerate launch or torchrun
         self.name = f"rank {self.rank} on {socket.gethostname()}"  # as sentences for the user name it
         self.store = self.group = self.said = None  # where all meet; what wait() needs; what this rank has failed with
         self.tried, self.limit = False, 30  # has begun to look for the store; seconds in which all hear of a failure
-        self.signs = {}  # of life, seen from here: rank → (its name, how many, when the last one came)
+        self.signs = {}  # of life, seen from here: rank → (its name, the last one, when that came)
         self.over = threading.Event()  # set when it has ended well, or is being ended: no news matter any more
 
     def connect(self, args, plan):  # before any work, and before a device is touched
@@ -369,6 +369,7 @@ class Ranks:  # made by accelerate launch or torchrun
             self.compare("plan", facts)  # before unequal versions have to talk to each other
             state = PartialState(cpu, backend=plan.ddp_backend, timeout=timedelta(seconds=patience))  # makes the group
             state.wait_for_everyone()  # NCCL connects only now, and what is wrong with that is caught below
+            self.greet(self.store)  # all have greeted by now: from here on each is known by name
             self.group = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # a more patient one, for wait()
             self.limit = 6  # from here on all look every second
         except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
@@ -396,7 +397,8 @@ class Ranks:  # made by accelerate launch or torchrun
 
         self.store, *_ = next(dist.rendezvous("env://", timeout=timedelta(seconds=seconds)))  # the launcher's, or ours
         missed = range(1, self.size) if self.rank == 0 else [0]  # rank 0 misses all others, and they miss rank 0
-        self.signs = {rank: (f"rank {rank}", 0, time.monotonic()) for rank in missed}  # silent from now on
+        self.signs = {rank: (f"rank {rank}", "", time.monotonic()) for rank in missed}  # silent from now on
+        self.greet(self.store)  # before anybody waits for this rank, so that all know its name
         second = self.store.clone()  # another connection to it, as the first one may be busy waiting
         threading.Thread(target=self.watch, args=(second, time.time() + 2 * seconds)).start()  # now others can end us
         if self.local == 0:  # speaks for the machine
@@ -452,9 +454,9 @@ class Ranks:  # made by accelerate launch or torchrun
                 signal.signal(number_, lambda *_: os._exit(status))  # nothing is left to do here
             self.said = getattr(error, "sentence", f"{type(error).__name__}: {error}")  # for the other machines
             if not isinstance(error, SystemExit) and not self.over.is_set():  # nobody has explained it
-                lost = re.search("timed ?out", self.said, re.I) and self.missing(5)  # torch has no names for whom
-                if lost := lost or ("by peer" in self.said and "another process was lost"):  # it closed its connections
-                    self.complain(f"{lost}, so the run ends ({self.said})")  # with torch's words behind ours
+                if isinstance(error, RuntimeError) and re.search("timed ?out|by peer", self.said, re.I):  # gloo's words
+                    lost = self.missing(5) or "another process was lost or does not answer"  # whom, if that is known
+                    self.complain(f"{lost}, so the run ends ({self.said})")  # a traceback would only show who waited
                 else:  # a fault of this rank
                     sys.excepthook(type(error), error, error.__traceback__)  # as Python would print it
             threading.Timer(self.limit, os._exit, [status]).start()  # at the latest: a cut network may hold this thread
@@ -467,16 +469,10 @@ class Ranks:  # made by accelerate launch or torchrun
 
     def watch(self, store, deadline):  # in a thread, as the main one may be waiting in torch
         """End this process when any rank has ended with an error, or the store, or without a group at the deadline."""
-        count, end, patience = 0, [1, None, self.name, "no connection to the other processes"], 30  # if no store, …
+        end, patience = [1, None, self.name, "no connection to the other processes"], 30  # if no store, …
         with contextlib.suppress(RuntimeError):  # … of which torch may know more in half a minute
             while not store.check(["end"]) and (self.group or time.time() < deadline):  # nobody has failed so far
-                count += 1  # makes this sign of life another one than the last
-                store.set(f"{self.rank} lives", json.dumps([self.name, count]))  # for those who would miss it
-                for rank, (_, seen, _) in self.signs.items():  # those that this rank would miss
-                    if store.check([f"{rank} lives"]):  # it has begun, and get() need not wait
-                        name, new = json.loads(store.get(f"{rank} lives"))  # what it has set last
-                        if new > seen:  # else it is silent
-                            self.signs[rank] = name, new, time.monotonic()  # by this machine's clock
+                self.greet(store)  # every second
                 if self.over.wait(1):  # a second, or until this rank has ended
                     return  # with its work done: there is nobody to end
             end, patience = json.loads(store.compare_set("end", "", json.dumps(end))), 2  # the first one counts
@@ -491,6 +487,13 @@ class Ranks:  # made by accelerate launch or torchrun
             store.wait([f"{rank} knows" for rank in range(self.size)], timedelta(seconds=self.limit))  # so all wait
         os._exit(status)  # the same on all ranks
 
+    def greet(self, store):  # the store keeps the last sign of each rank
+        """Set a sign of life of this rank, and note those of the ranks that this one would miss."""
+        store.set(f"{self.rank} lives", json.dumps([self.name, time.time()]))  # another one each time
+        for rank, (_, seen, _) in self.signs.items():  # what was read before
+            if store.check([f"{rank} lives"]) and (sign := store.get(f"{rank} lives")) != seen:  # it has moved on
+                self.signs[rank] = json.loads(sign)[0], sign, time.monotonic()  # by this machine's clock
+
     def missing(self, seconds):  # the thread above cannot say it: when a cable is cut it waits for the store's answer
         """Return a sentence on the ranks of which nothing was heard for so many seconds, or ""."""
         now = time.monotonic()  # seconds, by a clock that is never put right
@@ -504,8 +507,8 @@ class Ranks:  # made by accelerate launch or torchrun
         """Say it when another machine is silent, and again and again; end this process a minute after the timeout."""
         while not self.over.wait(15) and not self.said:  # seconds; until this rank ends, well or not
             if quiet := self.missing(20):  # so it is said after half a minute
-                limit = f"the run waits for --ddp_timeout {timeout} seconds"  # a cable may be put back in time
-                print(f"warning  {quiet}: is it down, or the network? {limit}", file=sys.stderr, flush=True)  # no end
+                quiet += f": is it down, or the network? the run waits for --ddp_timeout {timeout} seconds"  # or less
+                print(f"warning  {quiet}", file=sys.stderr, flush=True)  # as long as it lasts
             if quiet := self.missing(timeout + 60):  # torch would have ended a wait for gradients, but not wait()
                 self.over.set()  # the other threads need not speak
                 self.complain(f"{quiet}, so the run ends")  # status 1: MAX_RETRIES tries again
@@ -524,11 +527,11 @@ RANKS = Ranks()  # before the command line is read: a wrong flag has to reach th
 # ── Trainer's arguments ──────────────────────────────────────────────────────────────────────────────────────────────
 
 HARMLESS = (  # beginnings of the names of flags that cannot change weights: they may differ when a run goes on
-    "output_dir", "logging_", "log_", "save_", "eval_", "do_", "hub_", "push_to_hub", "report_to", "run_name",  # where
+    "output_dir", "logging_", "log_", "save_", "eval_", "do_", "hub_", "push_to_hub", "report_to", "run_name",  # files
     "project", "trackio_", "disable_tqdm", "debug", "include_", "skip_memory_metrics", "batch_eval_metrics",  # reports
     "per_device_eval_batch_size", "prediction_loss_only", "label_names", "length_column_name",  # how it evaluates
     "dataloader_num_workers", "dataloader_pin_memory", "dataloader_prefetch_factor", "dataloader_persistent",  # speed
-    "ddp_timeout", "ddp_backend", "ddp_bucket", "local_rank", "use_cpu", "torch_empty", "resume_",  # which machines
+    "ddp_timeout", "ddp_backend", "ddp_bucket", "local_rank", "use_cpu", "torch_empty", "resume_",  # where it runs
     "validation_file", "max_eval_samples", "preprocessing_", "cache_dir", "overwrite_", "evaluate_only",  # ours
     "given", "trainer_argv",  # the command line as typed: the values of all its flags are compared instead
 )
@@ -605,7 +608,7 @@ def make_training_arguments(args):  # the first use of torch
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # each raised for some flag
         fail(f"the Trainer does not accept these flags: {' '.join(str(error).split())}")  # its own words, on one line
     if made.world_size != RANKS.size:  # each process would train on its own, all of them into one output_dir
-        fail(f"WORLD_SIZE is {RANKS.size}, but the Trainer sees {made.world_size}: use accelerate launch")  # each alone
+        fail(f"WORLD_SIZE is {RANKS.size}, but the Trainer sees {made.world_size}: use accelerate launch")  # no group
     if made.n_gpu > 1:  # one process, several GPUs: the Trainer would copy the model to all of them at every step
         made._n_gpu = 1  # the first one trains; a process for each GPU is the way to use all
         say(f"note     {torch.cuda.device_count()} GPUs are visible, one is used: CUDA_VISIBLE_DEVICES chooses "  # one
@@ -617,7 +620,7 @@ def make_training_arguments(args):  # the first use of torch
     for flag in (flag for flag, given in inexact.items() if given):  # allowed: some data is too large to be skipped
         say(f"note     {flag}: a stopped run may go on with other data than it would have had")  # no equal weights then
     if made.label_smoothing_factor:  # the Trainer makes that loss, from all logits
-        say("note     --label_smoothing_factor holds all logits in memory: a smaller batch may be needed")  # as usual
+        say("note     --label_smoothing_factor holds all logits in memory: a smaller batch may be needed")  # 2 GB each
     if made.use_liger_kernel:  # its kernels for the layers are welcome
         ours = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss would take the place of ours
         made.liger_kernel_config = (made.liger_kernel_config or {}) | ours  # what to replace in the model
@@ -1367,8 +1370,8 @@ def use_chunked_loss(model):  # instead of the model's own, which holds all logi
 def use_lean_norms(model):  # six in each of the 18 layers
     """Make Gemma 3's RMSNorm keep only its input for the backward pass; other models' norms stay as they are.
 
-    Autograd would also keep the normalized values, in float32: with them a token takes 1.3 MB of activations, without
-    0.9. The values are the same to the last bit; the gradient is that of the paper (arXiv:1910.07467), with 1 + weight.
+    Autograd would also keep the normalized values, in float32: with them a token takes 1.2 MB of activations, without
+    0.8. The values are the same to the last bit; the gradient is that of the paper (arXiv:1910.07467), with 1 + weight.
     """
     import torch  # automatic differentiation
 
@@ -1539,7 +1542,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
         def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *rest, **named):  # after a step; again after an epoch
             """Count the step's loss; stop all ranks at a NaN before it is saved, or at a signal after a checkpoint."""
-            step, control, again = self.state.global_step, self.control, self.state.global_step == self.step  # not new
+            step, control, again = self.state.global_step, self.control, self.state.global_step == self.step  # counted
             tokens = tokens_until(step) - tokens_until(self.step)  # in this step; none in the call after an epoch
             self.weighted = self.weighted + (tr_loss - self.counted) * tokens  # its mean loss × its tokens
             self.step, self.unlogged = step, self.unlogged + tokens  # so that the second call of an epoch adds nothing

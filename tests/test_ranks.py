@@ -127,6 +127,36 @@ def test_other_data_on_one_machine_is_refused(flags, tmp_path):
     refused(ranks, "train_data is '", "instead of")
 
 
+@pytest.mark.parametrize("task", [[], ["--do_eval"]], ids=["training", "evaluation"])
+def test_other_validation_data_on_one_machine_is_refused(flags, tmp_path, task):
+    """B13: the perplexity would be of both texts, or one machine would wait for batches that the other has not."""
+    text = write_jsonl(tmp_path / "validation.jsonl", ROWS)
+    other = mount(write_jsonl(tmp_path / "other.jsonl", ROWS[::-1] + ["Another one. " * 20]), text)
+    more = ["--validation_file", text, *task]
+    ranks = both([*flags, *more], ["--cache_dir", tmp_path / "own"], prepare=(None, other))
+    refused(ranks, "validation_data is '", "instead of")
+    assert "train_data is" not in ranks[0].err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_killed_rank_is_spoken_of_in_one_sentence(flags, tmp_path, lost):
+    """B10, B13: kill -9 in training; the other one ends at once with status 1 and no traceback."""
+    port, flags = free_port(), [*flags, "--max_steps", 3000, "--save_steps", 5]
+    command = [sys.executable, ROOT / "main.py", *flags]
+    ranks = [subprocess.Popen([str(word) for word in command], env=os.environ | place(rank, port), stdout=-3, stderr=-1,
+                              text=True) for rank in (0, 1)]  # fmt: skip
+    until = time.time() + 60
+    while not list((tmp_path / "out").glob("checkpoint-*")):
+        assert time.time() < until and not any(process.poll() for process in ranks)
+        time.sleep(0.02)
+    ranks[lost].kill()
+    said = ranks[1 - lost].communicate(timeout=60)[1]
+    ranks[lost].communicate()
+    assert ranks[1 - lost].returncode == 1 and "Traceback" not in said, said
+    assert said.count("main.py: error:") == 1 and "lost" in said, said
+
+
 def test_several_processes_that_cannot_find_each_other_are_refused(flags):
     """C6: they would train into one directory, each by itself."""
     for name in ("MASTER_ADDR", "LOCAL_RANK"):
