@@ -28,6 +28,7 @@ import glob  # "data/*.jsonl" given in quotes
 import gzip  # .gz files are read as they are
 import hashlib  # checksums of checkpoints
 import importlib.util  # is a package installed? answered without importing it
+import itertools  # numbers without end
 import json  # .json and .jsonl files
 import math  # perplexity = exp(loss)
 import os  # paths, environment
@@ -232,7 +233,7 @@ def check_args(args):  # what argparse cannot say
             fail(f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")  # save it anew
 
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
-    last = args.resume_from_checkpoint = last and (last.rstrip(os.sep) or os.sep)  # its last part is to be its name
+    last = args.resume_from_checkpoint = last and os.path.realpath(last)  # so it is known again, however it is written
     if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
         fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # a model alone?
     over = os.path.realpath(args.output_dir) == os.path.realpath(model)  # the finished model would replace its base
@@ -1077,8 +1078,11 @@ def seal(folder, facts):  # before a checkpoint gets its name
     flush(folder)  # only now may it be renamed
 
 
-def read_manifest(folder):  # before a checkpoint is trusted
-    """Check all files of a checkpoint against its manifest. Returns: (manifest, None) or (None, what is wrong)."""
+def read_manifest(folder, chosen=None):  # before a checkpoint is trusted
+    """Check all files of a checkpoint against its manifest, and that it is, or came of, the chosen one if there is one.
+
+    Returns: (manifest, None) or (None, what is wrong).
+    """
     try:  # there is none in checkpoints that another program made
         with open(os.path.join(folder, "manifest.json"), encoding="utf-8") as file:  # by seal(), behind all others
             manifest = json.load(file)  # settings, progress, versions, files, and the checksum of them all
@@ -1094,17 +1098,20 @@ def read_manifest(folder):  # before a checkpoint is trusted
             fault = read_manifest(os.path.join(os.path.dirname(folder), best))[1]  # all of it is read, just as here
             if fault:  # then an older checkpoint, made before it, has to do
                 return None, f"the best one, {best}, cannot be used: {fault}"  # which one, and what is wrong with it
+        if chosen not in (None, os.path.realpath(folder), manifest["chosen"]):  # of --resume_from_checkpoint
+            return None, f"it did not come of {chosen}"  # going back means to leave it
     except (OSError, ValueError, KeyError) as error:  # missing, unreadable, not JSON
         return None, " ".join(str(error).split())  # e.g. No such file or directory: …
     return manifest, None  # whole, to the last bit
 
 
-def find_checkpoint(output_dir, chosen):  # what has an earlier call of the same command left?
-    """Find what to go on from: what this command has reached since the chosen checkpoint, else the newest whole one.
+def find_checkpoint(output_dir, chosen, settings):  # what has an earlier call of the same command left?
+    """Find what to go on from: the newest whole checkpoint, of those that came of the chosen one if there is one.
 
-    Checkpoints that are damaged, or that another program made, are renamed to incomplete-checkpoint-N, never deleted.
+    Others that are newer are renamed to unused-checkpoint-N, never deleted: damaged ones, those of another program.
     Returns: (path, manifest); path is output_dir itself where the run has finished, and None for a fresh start. Rank 0
-        looks and tells the others. Raises: SystemExit(2): the chosen one is not whole; a model would be written over.
+        looks and tells the others. Raises: SystemExit(2): the chosen one is not whole, or of a run with other settings
+        than now; a model would be written over.
     """
     from accelerate.utils import broadcast_object_list  # rank 0 chooses: two choices would train two different runs
     from transformers.trainer_utils import get_last_checkpoint  # the highest N of checkpoint-N, or None
@@ -1117,23 +1124,20 @@ def find_checkpoint(output_dir, chosen):  # what has an earlier call of the same
                 shutil.rmtree(os.path.join(output_dir, name), ignore_errors=True)  # gives its space back
 
         path = output_dir  # a finished run has a manifest there, written last
-        manifest, fault = read_manifest(path)  # reads all of it: 2 seconds for a checkpoint
-        if chosen and (fault or manifest.get("chosen") != chosen):  # this command has not finished the run
-            for path in [*reversed(checkpoints(output_dir)), chosen]:  # it may have come further in an earlier call
-                manifest, fault = read_manifest(path)  # the newest first
-                if path == chosen or (manifest and manifest.get("chosen") == chosen):  # the one itself, or made since
-                    break  # others are not looked at
-            if fault:  # what the user chose is not replaced by another
-                advice = "leave the flag out to take the newest one"  # as it does without being told to
-                fail(f"--resume_from_checkpoint {path} cannot be used: {fault}; {advice}")  # and nothing was changed
-        while fault and (path := get_last_checkpoint(output_dir)):  # the newest first
-            manifest, fault = read_manifest(path)  # most often it is whole, and the loop ends
-            if fault:  # then it must no longer be seen as a checkpoint
-                aside = os.path.join(output_dir, f"incomplete-{os.path.basename(path)}")  # for you to look at
+        manifest, fault = read_manifest(path, chosen)  # reads all of it: 2 seconds for a checkpoint
+        if fault and chosen:  # by --resume_from_checkpoint: it is looked at before anything is renamed
+            origin, harm = read_manifest(chosen)  # of the one that the user wants
+            if harm or (harm := differences(origin, settings)):  # it is not replaced by another one
+                fail(f"--resume_from_checkpoint {chosen} cannot be used: {harm}; "  # what is wrong with it
+                     "leave the flag out to take the newest one that is whole")  # as it does without being told to
+        while fault and (path := get_last_checkpoint(output_dir) or chosen):  # the newest first
+            manifest, fault = read_manifest(path, chosen)  # most often it can be used, and the loop ends
+            if fault:  # then it must no longer be seen as a checkpoint of this run
+                aside = os.path.join(output_dir, f"unused-{os.path.basename(path)}")  # for you to look at
                 while os.path.exists(aside):  # set aside more than once
                     aside += "-again"  # nothing is ever written over
                 os.rename(path, aside)  # the next newest one is tried
-                say(f"warning  {path} is not whole ({fault}); set aside as {aside}")  # never in silence
+                say(f"warning  {path} is not used ({fault}); set aside as {aside}")  # never in silence
         if fault and not saving and os.path.exists(os.path.join(output_dir, "model.safetensors")):  # whose is it?
             fail(f"--output_dir {output_dir} holds a model, which would be written over, and no checkpoint "  # not ours
                  f"to go on from ({fault}): move it, or choose another directory")  # made elsewhere, or changed since
@@ -1147,19 +1151,24 @@ def checkpoints(output_dir):  # all of them are whole
     return [os.path.join(output_dir, f"checkpoint-{number_}") for number_ in sorted(numbers)]  # the newest is the last
 
 
+def differences(manifest, now):  # settings that no longer hold
+    """Return a clause for each of now, a dict of settings, that a manifest holds with another value; "" for none."""
+    saved = manifest.get("settings", now)  # a fresh start has no manifest: nothing to compare with
+    return "; ".join(f"{name} was {saved.get(name)!r}, is {value!r}"  # both values; None where it knows nothing of it
+                     for name, value in now.items() if saved.get(name) != value)  # in the order of the flags
+
+
 def same_run(args, checkpoint, manifest, now):  # called twice: for the flags, and again when data and weights are known
-    """Compare the settings that a manifest holds with those of now, a dict with some or all of them.
+    """Refuse to go on with other settings than those of the manifest. now (dict): some or all of them.
 
     Returns: (checkpoint, manifest) as given, or (None, {}) when --overwrite_output_dir had another run moved aside.
     Raises: SystemExit(2) after one sentence that names each difference with both values.
     """
-    saved = manifest.get("settings", now)  # a fresh start has no manifest: nothing to compare with
-    other = [f"{name} was {saved.get(name)!r}, is {value!r}"  # both values, for the sentence below
-             for name, value in now.items() if saved.get(name) != value]  # None where a manifest knows nothing of it
-    if not other:  # the same command, the same data, the same model
+    other = differences(manifest, now)  # of the same command, the same data, the same model
+    if not other:  # nearly always
         return checkpoint, manifest  # nothing to refuse, nothing to move
     if not args.overwrite_output_dir:  # going on would give neither the one run nor the other
-        fail(f"{checkpoint} belongs to a run with other settings: {'; '.join(other)}. "  # one clause for each
+        fail(f"{checkpoint} belongs to a run with other settings: {other}. "  # one clause for each
              "Give the old ones to go on; for a new run give another --output_dir "  # nothing of the old one is lost
              "(the finished model may be its --model_name_or_path), "  # a second training, of what the first has made
              "or --overwrite_output_dir to move the old run aside")  # the third way on, into previous-1
@@ -1167,10 +1176,9 @@ def same_run(args, checkpoint, manifest, now):  # called twice: for the flags, a
         if os.path.abspath(path).startswith(os.path.join(os.path.abspath(args.output_dir), "")):  # would move as well
             fail(f"{path} lies in --output_dir {args.output_dir}, which is to be emptied: move it out first")  # kept
     if RANKS.rank == 0:  # one process moves, all others wait below
-        count = 1  # the next free number
-        while os.path.exists(aside := os.path.join(args.output_dir, f"previous-{count}")):  # of earlier runs
-            count += 1  # some may have been deleted
         old = [name for name in os.listdir(args.output_dir) if not name.startswith(("previous-", ".lock"))]  # stays
+        names = (os.path.join(args.output_dir, f"previous-{number_}") for number_ in itertools.count(1))  # without end
+        aside = next(name for name in names if not os.path.exists(name))  # earlier ones may have been moved or deleted
         os.makedirs(aside)  # after the list was made, which it must not be in
         for name in old:  # checkpoints, curves, results, model
             os.rename(os.path.join(args.output_dir, name), os.path.join(aside, name))  # nothing is copied or deleted
@@ -1468,6 +1476,17 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     limit = training_args.ddp_timeout_delta  # how long a rank waits for the others
     group = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None  # to agree on a stop, beside the GPUs
 
+    for kind in ("logging", "eval", "save"):  # with --eval_strategy epoch, for example
+        if getattr(training_args, f"{kind}_strategy") == "epoch":  # an epoch's end is a step as any other
+            steps = type(getattr(training_args, f"{kind}_strategy"))("steps")  # one of transformers' enumerations
+            setattr(training_args, f"{kind}_strategy", steps)  # so all that is due at a step comes in one place …
+            setattr(training_args, f"{kind}_steps", epoch_steps)  # … and in this order: line, evaluation, checkpoint
+            training_args.eval_delay *= epoch_steps if kind == "eval" else 1  # it was in epochs
+
+    def last_line(state):  # state: the Trainer's
+        """Return the step after which the last line of training was logged, 0 if none was."""
+        return next((row["step"] for row in reversed(state.log_history) if "loss" in row), 0)  # also of earlier calls
+
     def collate(rows):  # on the CPU, while the GPU works on the last batch
         """Make a batch of chunks: input_ids and labels of shape (batch, max_seq_length), int64."""
         made = collator([row["input_ids"] for row in rows])  # its labels are the inputs, but for the pad token's …
@@ -1488,19 +1507,25 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
         started = time.time()  # less the time that earlier calls took, once training begins
         began = logged = (0.0, 0)  # time and step at which this call began to train; at the last log line
-        step, unlogged = 0, 0  # the last step counted; tokens since the last log line
-        due = late = False  # an evaluation is left to the next call; a save waits for the evaluation of its epoch
-        counted = weighted = bad_step = torch.zeros((), device=training_args.device)  # there, so that nobody waits
+        due = False  # whether the evaluation of this step is left to the next call
+        bad_step = torch.zeros((), device=training_args.device)  # the first without a finite loss; there: nobody waits
+
+        def training_step(self, *rest, **named):  # forward and backward pass of a batch
+            """Return the batch's share of the step's mean loss, times the step's tokens: a sum that log() divides."""
+            step = self.state.global_step  # made before this one
+            return super().training_step(*rest, **named) * (tokens_until(step + 1) - tokens_until(step))  # a tensor
 
         def log(self, logs, *rest):  # every number passes here once, on its way to console, TensorBoard and JSON
             """Add perplexity to the line of an evaluation; speed, memory and time left to a line of training."""
+            step = self.state.global_step  # after which this line is written
+            if "train_loss" in logs:  # the line behind the last step
+                logs["train_loss"] *= step / max(tokens_until(step), 1)  # a mean over tokens, as those below
             if "eval_loss" in logs:  # the mean over all tokens of the validation data
                 loss = min(logs["eval_loss"], 700)  # exp(710) is more than a float can hold
                 logs["eval_perplexity"] = math.exp(loss)  # tokens it hesitates between; evaluate() returns it, too
             if "learning_rate" in logs:  # a line of training; its loss has just waited for the device anyway
-                now, step = time.time(), self.state.global_step  # when, and after which step, this line is written
-                logs["loss"] = self.accelerator.gather(self.weighted).mean().item() / self.unlogged  # of a token
-                self.weighted, self.unlogged = torch.zeros_like(self.weighted), 0  # the next line begins here
+                now, last = time.time(), last_line(self.state)  # when, and after which step, the lines are written
+                logs["loss"] *= (step - last) / (tokens_until(step) - tokens_until(last))  # a mean over tokens
                 speed = (tokens_until(step) - tokens_until(self.logged[1])) / max(now - self.logged[0], 1e-9)  # of all
                 pace = (now - self.began[0]) / (step - self.began[1])  # seconds a step, evaluations and saves included
                 gpu = self.args.device.type == "cuda"  # then its memory is the one that matters
@@ -1527,8 +1552,9 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
             The Trainer's own mean over a batch counts those chunks twice that fill up the last batch of many processes.
             """
-            early = self.is_in_train and self.state.global_step < self.state.max_steps  # the last one is made
-            if early and agree(stop.signal):  # all ranks leave the evaluation after the same batch
+            if self.is_in_train and (ordered := agree(stop.signal)):  # all ranks leave after the same batch
+                if not self.control.should_evaluate:  # it is that of --eval_on_start
+                    stop.leave(ordered, " before the first step")  # there is nothing to save
                 raise Abandoned  # the step is saved now, and evaluated by the next call
             ids = self._prepare_inputs(inputs)["input_ids"]  # (batch, max_seq_length), on the device
             with torch.no_grad():  # autocast is in the model that accelerate has prepared
@@ -1541,25 +1567,15 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             return None, losses, losses  # predictions and labels: gathered over the ranks, the repeated ones dropped
 
         def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *rest, **named):  # after a step; again after an epoch
-            """Count the step's loss; stop all ranks at a NaN before it is saved, or at a signal after a checkpoint."""
-            step, control, again = self.state.global_step, self.control, self.state.global_step == self.step  # counted
-            tokens = tokens_until(step) - tokens_until(self.step)  # in this step; none in the call after an epoch
-            self.weighted = self.weighted + (tr_loss - self.counted) * tokens  # its mean loss × its tokens
-            self.step, self.unlogged = step, self.unlogged + tokens  # so that the second call of an epoch adds nothing
+            """Do what is due; stop all ranks at a NaN before it is saved, or at a signal after a checkpoint."""
+            step, control = self.state.global_step, self.control  # steps made; what the Trainer is about to do
             scaled = self.args.mixed_precision == "fp16"  # perhaps by the launcher: infinite norms skip their step
             noted = 0 if grad_norm is None or scaled else grad_norm  # others spoil the weights
             bad = ~torch.isfinite(tr_loss + noted) & (self.bad_step == 0)  # on the device, not waited for
             self.bad_step = torch.where(bad, step, self.bad_step)  # the first; the sum tr_loss stays NaN after it
-
-            closing = not again and self.state.epoch % 1 == 0  # an epoch's last step: a second call will follow
-            if closing:  # the epoch's evaluation may come with it, and a checkpoint shall hold what came of that
-                self.late, control.should_save = control.should_save, False  # a save waits for the second call
-            elif self.late:  # the second call
-                self.late, control.should_save = False, True  # the evaluation of the epoch has been made
-            ordered = agree(stop.signal) if not closing and step < self.state.max_steps else 0  # the same on all ranks
+            ordered = agree(stop.signal)  # the number of a signal, the same on all ranks
             if ordered:  # the lines below and the Trainer do it
                 control.should_save = control.should_training_stop = True  # a checkpoint, and no further step
-                self.due, control.should_evaluate = control.should_evaluate, False  # left to the next call
             if control.should_log or control.should_save or control.should_training_stop:  # moments that wait anyway
                 first = int(self.accelerator.gather(self.bad_step).max())  # the same on all ranks: all stop together
                 if first:  # the weights are spoilt from this step on
@@ -1571,15 +1587,26 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             start = time.time()  # evaluations and saves shall not count as slow training
             try:  # a log line, an evaluation, a checkpoint: what is due
                 super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # as the Trainer does
-            except Abandoned:  # a signal has come during the evaluation
+            except Abandoned:  # a signal has come before or during the evaluation
                 ordered, self.due = agree(stop.signal), True  # the next call begins with it
                 self._save_checkpoint(*rest[:2])  # model and trial
-            self.counted = tr_loss.clone()  # 0 after a log line
             spent = time.time() - max(start, self.logged[0])  # the log line, if any, came before them
             self.logged = self.logged[0] + spent, self.logged[1]  # as if they had taken no time
             if ordered:  # the checkpoint is there
                 saved = os.path.join(output_dir, f"checkpoint-{step}")  # where the same command goes on
                 stop.leave(ordered, f" at step {step:,} of {self.state.max_steps:,}; saved {saved}")  # exits
+
+        def _run_epoch(self, **named):  # the Trainer rounds up to whole epochs
+            """Train an epoch, unless a call that was killed behind its last step had made all steps."""
+            if self.state.global_step < self.state.max_steps:  # else one more would be made, and again by each call
+                super()._run_epoch(**named)  # an epoch, or what is left of it
+
+        def _finalize_training(self, trial, samples, start):  # the last checkpoint is there
+            """Return the metrics of all calls together. From here on a signal ends the run at once."""
+            stop.training = False  # no step will come that would see it: the same command does the rest
+            if stop.signal:  # it came after the last step
+                stop.leave(stop.signal, " after the last step")  # only the final model is missing
+            return super()._finalize_training(trial, samples, self.started)  # also loads the best model, if asked to
 
         def _get_output_dir(self, trial):  # the Trainer asks where to put checkpoint-N, and which are old
             """Return .staging: what has its place in output_dir is out of the Trainer's reach, also for deletion."""
@@ -1592,41 +1619,26 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             if os.path.isdir(final):  # saved already, at the end of this step or before a stop
                 return  # the same state: a whole checkpoint is never touched again
             check_claim(lock, output_dir)  # another run may have taken its place
-            sums = torch.stack([self._tr_loss, self.weighted])  # of the steps since the last log line
-            loss, weighted = self.accelerator.gather(sums[None]).mean(0).tolist()  # over all processes
+            loss = self.accelerator.gather(self._tr_loss[None]).mean().item()  # of the steps since the last log line
             progress = {"step": self.state.global_step, "max_steps": self.state.max_steps,  # finished when equal
-                        "seconds": time.time() - self.started, "logged": self._globalstep_last_logged,  # the last line
-                        "loss": loss, "losses": self._total_loss_scalar,  # of steps since that line; of all before it
-                        "weighted": weighted, "unlogged": self.unlogged,  # for the next line's mean over tokens
-                        "evaluate": self.due}  # the next call begins with the evaluation of this step
-            try:  # the disk may be full, or gone
-                super()._save_checkpoint(model, trial)  # each rank writes its random state, rank 0 all else
-                self.accelerator.wait_for_everyone()  # nobody is still writing
-                if self.args.should_save:  # rank 0, which has written most of it
-                    if (self.state.best_model_checkpoint or "").startswith(staging):  # this one, at its present place
-                        self.state.best_model_checkpoint = final  # where it is going to be
-                        self.state.save_to_json(os.path.join(draft, "trainer_state.json"))  # with the present place
-                    best = self.state.best_model_checkpoint  # this one, one of before, or None
-                    if best and self.args.load_best_model_at_end:  # without it no later call could end as this one
-                        progress["best"] = os.path.relpath(best, output_dir)  # a name only: the run may move
-                    seal(draft, {**facts, "progress": progress})  # checksums, and on the disk
-                    os.rename(draft, final)  # from this instant on it is the newest checkpoint
-                    flush(output_dir)  # the rename as well
-                    keep = [os.path.basename(path or "") for path in (final, best, facts["chosen"])]  # at any age
-                    rotate(output_dir, self.args.save_total_limit, keep)  # the oldest of the others go
-                self.accelerator.wait_for_everyone()  # the others see it, too
-            except Exception as error:  # torch and safetensors report a full disk with kinds of their own
-                needed = 12 * sum(weight.numel() for weight in self.model.parameters())  # float32 weights, Adam's two
-                free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes; 0: it is gone
-                if not isinstance(error, OSError) and "strerror" not in str(error) and free > needed:  # torch's word
-                    raise  # something else than the disk: not ours to explain
-                words = " ".join(str(error).split())  # No space left on device, …
-                size = f"it needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free"  # both in gigabytes
-                fail(f"{name} could not be saved in {output_dir} ({words}): {size}. "  # which, where and why
-                     "Earlier checkpoints are whole: make space, then the same command goes on", status=1)  # no loss
-            finally:  # whether it was saved or not
-                if self.args.should_save:  # the others leave it alone
-                    shutil.rmtree(staging, ignore_errors=True)  # empty after a rename; gives its space back otherwise
+                        "seconds": time.time() - self.started, "evaluate": self.due,  # so far; what to begin with
+                        "loss": loss, "losses": self._total_loss_scalar}  # since the last line; up to it
+            super()._save_checkpoint(model, trial)  # each rank writes its random state, rank 0 all else
+            self.accelerator.wait_for_everyone()  # nobody is still writing
+            if self.args.should_save:  # rank 0, which has written most of it
+                if (self.state.best_model_checkpoint or "").startswith(staging):  # this one, at its present place
+                    self.state.best_model_checkpoint = final  # where it is going to be
+                    self.state.save_to_json(os.path.join(draft, "trainer_state.json"))  # with the present place
+                best = self.state.best_model_checkpoint  # this one, one of before, or None
+                if best and self.args.load_best_model_at_end:  # without it no later call could end as this one
+                    progress["best"] = os.path.relpath(best, output_dir)  # a name only: the run may move
+                seal(draft, {**facts, "progress": progress})  # checksums, and on the disk
+                os.rename(draft, final)  # from this instant on it is the newest checkpoint
+                os.rmdir(staging)  # empty by now
+                flush(output_dir)  # the rename as well
+                keep = [os.path.basename(path or "") for path in (final, best, facts["chosen"])]  # at any age
+                rotate(output_dir, self.args.save_total_limit, keep)  # the oldest of the others go
+            self.accelerator.wait_for_everyone()  # the others see it, too
 
     def agree(signal_):  # signals reach processes at different moments, but all have to stop after the same step
         """Return the highest number of a signal that any rank has received, 0 for none."""
@@ -1636,36 +1648,26 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)  # a few bytes a step, or an evaluated batch
         return highest.item()  # the same on all ranks
 
-    class Restore(TrainerCallback):  # events that are no method of the Trainer
+    class Restore(TrainerCallback):  # an event that is no method of the Trainer
         """Takes up where the last call stopped, so that logs and results cover the whole run."""
 
         def on_train_begin(self, args, state, control, **_):  # everything is loaded, nothing has been trained
             """Restore what the Trainer starts anew with every call."""
             stop.training = True  # from now on a signal waits for a checkpoint
             state.compute_steps(args, state.max_steps)  # a changed --logging_steps or --save_steps takes effect
+            trainer.began = trainer.logged = time.time(), state.global_step  # for speed and time left
             trainer.started = time.time() - past.get("seconds", 0)  # train_runtime is that of all calls together
             trainer._total_loss_scalar, trainer._initial_global_step = past.get("losses", 0.0), 0  # for train_loss
-            trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has shown yet
-            trainer.counted = trainer._tr_loss.clone()  # they are in the sum below already:
-            trainer.weighted = trainer.weighted + past.get("weighted", 0)  # loss × tokens since the last line …
-            trainer.unlogged = past.get("unlogged", 0)  # … and those tokens
-            trainer._globalstep_last_logged, trainer.step = past.get("logged", 0), state.global_step  # where they end
-            trainer.began = trainer.logged = time.time(), state.global_step  # for speed and time left
+            trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has shown yet …
+            trainer._globalstep_last_logged = last_line(state)  # … and the step after which they come
             if past.get("best"):  # a name: the run may have been moved
                 state.best_model_checkpoint = os.path.join(past["folder"], past["best"])  # to load it at the end
             if past.get("evaluate"):  # the last call was stopped before it could
-                try:  # it logs the result at its own step
-                    if trainer._determine_best_metric(trainer._evaluate(None, None), None):  # better than all before
-                        best = f"checkpoint-{state.global_step}"  # the one that the run goes on from
-                        state.best_model_checkpoint = os.path.join(past["folder"], best)  # to load it at the end
-                except Abandoned:  # stopped once more
-                    stop.leave(agree(stop.signal), f" before the evaluation of step {state.global_step:,}")  # exits
-
-        def on_train_end(self, args, state, control, **_):  # the last checkpoint is there
-            """From here on a signal ends the run at once: the same command does the rest."""
-            stop.training = False  # no step will come that would see it
-            if stop.signal:  # it came after the last step
-                stop.leave(stop.signal, " after the last step")  # only the final model is missing
+                control.should_evaluate = True  # the result is logged at its own step
+                trainer._maybe_log_save_evaluate(trainer._tr_loss, *[None] * 6)  # or left to the next call once more
+                if state.best_global_step == state.global_step:  # better than all before
+                    best = f"checkpoint-{state.global_step}"  # the one that the run goes on from
+                    state.best_model_checkpoint = os.path.join(past["folder"], best)  # to load it at the end
 
     trainer = ReliableTrainer(  # it also sets the seed and makes optimizer and schedule
         model=model,  # moved to the device here
@@ -1794,20 +1796,8 @@ def train_and_save(trainer, checkpoint, facts, lock):  # the night: after a kill
     Args: checkpoint (str or None): where to go on from; when it is the last one of the run, only the rest is done.
         facts (dict): for the manifest, which is written last: the sign of a finished run. lock: the file of claim().
     """
-    from transformers import TrainerState  # what trainer_state.json holds
-
-    past, output_dir = facts["progress"], trainer.args.output_dir  # of earlier calls; from_pretrained() will read it
-    if past and past["step"] >= past["max_steps"]:  # killed after the last checkpoint: its weights are loaded already
-        trainer.state = TrainerState.load_from_json(os.path.join(checkpoint, "trainer_state.json"))  # log, epoch
-        trainer.state.is_world_process_zero = trainer.is_world_process_zero()  # the file is rank 0's
-        loss = (past["losses"] + past["loss"]) / past["step"]  # the mean over all steps
-        metrics = {"train_runtime": past["seconds"], "train_loss": loss}  # as the Trainer would have reported
-    else:  # there are steps to make
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics  # hours; a signal ends the process in here
-        share, metrics["train_runtime"] = metrics["train_runtime"], time.time() - trainer.started  # this call; all
-        for name in ("train_samples_per_second", "train_steps_per_second"):  # all steps ÷ the time of this call …
-            metrics[name] *= share / metrics["train_runtime"]  # … put right: ÷ the time of all calls
-
+    output_dir = trainer.args.output_dir  # from_pretrained() will read it
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics  # hours; a signal ends the process in here
     check_claim(lock, output_dir)  # another run may have taken its place
     staging = os.path.join(output_dir, ".staging")  # a kill in here leaves no half model: the same command goes on
     trainer.model.config.use_cache = True  # generation with the saved model wants its cache back
@@ -1830,12 +1820,32 @@ def train_and_save(trainer, checkpoint, facts, lock):  # the night: after a kill
         flush(output_dir)  # all renames above are on the disk before the exit status says so
 
 
+def explain(error, trainer):  # what has ended a training or an evaluation
+    """End the run with one sentence for an error that the user can mend; return for any other."""
+    from safetensors import SafetensorError  # its word for a disk that is full
+
+    words, output_dir = " ".join(str(error).split()), trainer.args.output_dir  # the error's own words, on one line
+    full = "out of memory" in words or "can't allocate memory" in words  # CUDA's words; the CPU's
+    if full or isinstance(error, MemoryError):  # Python's own and numpy's
+        fail(f"out of memory on {trainer.args.device}: {REMEDIES}", status=1)  # the data is right, the call too
+    disk = isinstance(error, (OSError, SafetensorError))  # No space left on device, Read-only file system, …
+    if disk or re.search("PytorchStreamWriter|inline_container|strerror", words):  # of which torch has no kind
+        for draft in glob.glob(os.path.join(glob.escape(output_dir), ".staging", "checkpoint-*")):  # half a checkpoint
+            shutil.rmtree(draft, ignore_errors=True)  # gives its space back
+        needed = 12 * sum(weight.numel() for weight in trainer.model.parameters())  # float32 weights, Adam's two
+        free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes; 0: it is gone
+        fail(f"{output_dir} cannot be written ({words}). "  # where and why
+             f"A checkpoint needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free. "  # both in gigabytes
+             "What was saved before is whole: mend that, then the same command goes on", 1)  # no loss
+    if isinstance(error, (ImportError, ValueError)):  # --use_liger_kernel without its package, --adam_beta1 2, …
+        fail(f"a flag of the Trainer cannot be used: {words}")  # it is known only where it is used
+
+
 def main(argv=None):  # the table of contents
     """Run the steps in their order; each is a function above. argv (list[str] or None): as for parse_args."""
     stop = Stop()  # from here on a signal ends the run with a sentence
     args = parse_args(argv)  # a wrong call ends here, at once
     training_args = make_training_arguments(args)  # from here on torch, the device and the other processes are known
-    from safetensors import SafetensorError  # its word for a disk that is full
     from transformers import set_seed  # of torch, numpy and Python at once
     from transformers.trainer_utils import IntervalStrategy  # "no", "steps" or "epoch"
 
@@ -1847,7 +1857,7 @@ def main(argv=None):  # the table of contents
     checkpoint, manifest, lock = None, {}, None  # a fresh start …
     if not args.evaluate_only:  # … unless an earlier call was stopped
         lock = claim(args.output_dir) if RANKS.rank == 0 else None  # the file is kept open until the end
-        found = find_checkpoint(args.output_dir, args.resume_from_checkpoint)  # a path and its manifest
+        found = find_checkpoint(args.output_dir, args.resume_from_checkpoint, facts["settings"])  # path, manifest
         checkpoint, manifest = same_run(args, *found, facts["settings"])  # or a sentence, before minutes of work
     if checkpoint == args.output_dir:  # the final model is there, and whole
         say(f"This run finished at step {manifest['progress']['step']:,}: nothing is left to train.",  # exit status 0
@@ -1876,9 +1886,6 @@ def main(argv=None):  # the table of contents
     if past:  # an earlier call has made some steps, or all of them
         training_args.eval_on_start = False  # an earlier call has made it, if asked for
         past["folder"] = os.path.dirname(checkpoint)  # where the best one lies, too
-        if past["step"] >= past["max_steps"]:  # only the final save is missing
-            folder = os.path.join(past["folder"], past.get("best") or os.path.basename(checkpoint))  # to publish
-            model = load_model(folder, tokenizer, args.use_flash_attention)  # trained: nothing is left for the Trainer
 
     RANKS.wait()  # one machine may still be downloading: from here on --ddp_timeout is the limit
     try:  # parts that are asked for by a flag and not there
@@ -1899,15 +1906,9 @@ def main(argv=None):  # the table of contents
             evaluate_and_save(trainer)  # loss and perplexity
         else:  # --do_train, or neither of the two
             train_and_save(trainer, checkpoint, facts, lock)  # the finished model in output_dir
-    except (ImportError, ValueError) as error:  # --use_liger_kernel without its package, --adam_beta1 2, …
-        fail(f"a flag of the Trainer cannot be used: {' '.join(str(error).split())}")  # its own words, on one line
-    except (OSError, SafetensorError) as error:  # at the final save; a checkpoint's has a sentence of its own
-        fail(f"{args.output_dir} cannot be written ({error}): mend that, then the same command goes on", 1)  # full disk
-    except (RuntimeError, MemoryError) as error:  # torch.OutOfMemoryError is a RuntimeError
-        full = "out of memory" in str(error) or "can't allocate memory" in str(error)  # CUDA's words; the CPU's
-        if not full and not isinstance(error, MemoryError):  # Python's own and numpy's
-            raise  # not ours to explain
-        fail(f"out of memory on {training_args.device}: {REMEDIES}", status=1)  # the data is right, the call too
+    except Exception as error:  # a full GPU, a full disk, …
+        explain(error, trainer)  # in a sentence, if the user can mend it
+        raise  # not ours to explain
     results = os.path.join(args.output_dir, "all_results.json")  # loss, perplexity, speed
     say(f"Done: the metrics are in {results}" if args.evaluate_only else  # of an evaluation alone
         f"Done: the model is in {args.output_dir}, its metrics in {results}.")  # for from_pretrained()

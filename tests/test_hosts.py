@@ -302,7 +302,7 @@ KILLS = {  # what is killed, on which node; the words of node 0 and node 1
     "kill -9 of all of node 0": ("node", 0, None, LOST),
     "kill -9 of all of node 1": ("node", 1, LOST, None),
     "the cable is cut for good": ("cable", 1, CUT, CUT),
-    "the storage of node 1 is lost in training": ("storage", 1, "could not be saved", "could not be saved"),
+    "the storage of node 1 is lost in training": ("storage", 1, "cannot be written", "cannot be written"),
 }
 
 

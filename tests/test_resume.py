@@ -157,3 +157,19 @@ def test_dropping_the_last_batch_leaves_the_evaluation_whole(flags, tmp_path):
                "--output_dir", tmp_path / name, *more)  # fmt: skip
         losses.append(json.loads((tmp_path / name / "eval_results.json").read_text())["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_going_back_to_an_older_checkpoint(flags, whole, tmp_path):
+    """B10, F22: newer ones are set aside, not used and not deleted; refused for other settings, nothing is touched."""
+    output = tmp_path / "out"
+    shutil.copytree(whole, output)
+    chosen = ["--output_dir", output, "--resume_from_checkpoint", output / "checkpoint-4"]
+    before = sorted(path.name for path in output.iterdir())
+    done = run(*flags, *chosen, "--learning_rate", 1e-4)
+    assert done.status == 2 and "learning_rate was 0.001, is 0.0001" in done.err
+    assert sorted(path.name for path in output.iterdir()) == before
+    done = finish(*flags, *chosen)
+    assert f"Going on from {output / 'checkpoint-4'}, step 4 of 12." in done.out
+    assert {f"unused-checkpoint-{step}" for step in (6, 8, 10, 12)} <= {path.name for path in output.iterdir()}
+    assert in_child(same_weights, whole, output)
+    assert "This run finished" in finish(*flags, *chosen).out

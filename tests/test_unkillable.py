@@ -94,7 +94,7 @@ def survive(server, plain, output, kills):
         return hit, "crashed"
     results = json.loads((output / "all_results.json").read_text())
     same = in_child(same_weights, expected, output) and results["train_loss"] > 0
-    leftovers = [path for path in output.iterdir() if path.name.startswith((".staging", ".trash", "incomplete"))]
+    leftovers = [path for path in output.iterdir() if path.name.startswith((".staging", ".trash", "unused"))]
     if not same or leftovers:
         print(kills, same, leftovers, done["out"], done["err"])
     shutil.rmtree(output)
@@ -206,9 +206,9 @@ def test_a_damaged_checkpoint_is_set_aside_and_an_older_one_taken(name, harm, st
     HARM[harm](output / "checkpoint-4" / name)
     done = run(*argv)
     assert done.status == 0, done.err
-    assert f"warning  {output}/checkpoint-4 is not whole" in done.out
+    assert f"warning  {output}/checkpoint-4 is not used (" in done.out
     assert f"Going on from {output}/checkpoint-3, step 3 of 4." in done.out
-    kept = {path.name for path in (output / "incomplete-checkpoint-4").iterdir()}
+    kept = {path.name for path in (output / "unused-checkpoint-4").iterdir()}
     assert kept == files - ({name} if harm == "missing" else set())
     assert in_child(same_weights, whole, output)
 
@@ -221,8 +221,8 @@ def test_a_checkpoint_of_another_program_is_set_aside(stopped):
     chosen = run(*argv, "--resume_from_checkpoint", output / "checkpoint-4")
     assert chosen.status == 2 and "checkpoint-4 cannot be used" in chosen.err
     done = run(*argv)
-    assert done.status == 0 and done.out.count("is not whole") == 4 and "Going on" not in done.out
-    assert in_child(same_weights, whole, output) and len(list(output.glob("incomplete-checkpoint-*"))) == 4
+    assert done.status == 0 and done.out.count("is not used") == 4 and "Going on" not in done.out
+    assert in_child(same_weights, whole, output) and len(list(output.glob("unused-checkpoint-*"))) == 4
 
 
 SETTINGS = {  # flags → the words of the refusal
@@ -392,8 +392,8 @@ def test_a_full_disk_keeps_the_last_checkpoint_and_goes_on_when_there_is_space(p
     done = launch(*command)
     assert done.status == 0, done.out + done.err
     error = (tmp_path / "disk.err").read_text()
-    assert "status 1" in done.out and "could not be saved" in error and "GB are free" in error, error
-    assert "checkpoint-1\n" in done.out and "Going on from" in done.out and "incomplete" not in done.out
+    assert "status 1" in done.out and "cannot be written" in error and "GB are free" in error, error
+    assert "checkpoint-1\n" in done.out and "Going on from" in done.out and "not used" not in done.out
     assert in_child(same_weights, stepwise[1], tmp_path / "disk.out")
 
 
