@@ -234,8 +234,8 @@ def check_args(args):  # what argparse cannot say
 
     last = args.resume_from_checkpoint  # a path; unset means the newest one in output_dir
     last = args.resume_from_checkpoint = last and os.path.realpath(last)  # so it is known again, however it is written
-    if last and not os.path.isfile(os.path.join(last, "trainer_state.json")):  # what the Trainer goes on from
-        fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no trainer_state.json")  # a model alone?
+    if last and not os.path.isfile(os.path.join(last, "optimizer.pt")):  # without which the Trainer cannot go on
+        fail(f"--resume_from_checkpoint {last}: not a checkpoint, it has no optimizer.pt")  # a model alone?
     over = os.path.realpath(args.output_dir) == os.path.realpath(model)  # the finished model would replace its base
     if over and not args.evaluate_only:  # which writes no model
         fail(f"--output_dir {args.output_dir} is the model to start from: choose another directory")  # keeps the base
@@ -279,26 +279,22 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 can
 
     def __init__(self):  # called before the heavy imports: a signal may come at any time
         """Take over both signals, and see to it that the death of a launcher arrives as one of them."""
-        self.signal, self.since, self.training, self.owner = 0, 0.0, False, os.getpid()  # 0: no signal has come so far
+        self.signal, self.since, self.training = 0, 0.0, False  # 0: no signal has come so far
         for number_ in (signal.SIGTERM, signal.SIGINT):  # each with the same answer
             signal.signal(number_, self.receive)  # Python calls it between two of its own instructions
-        os.register_at_fork(after_in_child=self.release)  # tokenizer processes have to end when their pool says so
+        os.register_at_fork(after_in_child=self.release)  # helpers have answers of their own
         self.launcher = 0  # the process id of accelerate or torchrun, if one of them has started us
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # variables that they set
             self.launcher = os.getppid()  # accelerate's for one process dies of SIGTERM without passing it on
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # so Linux sends us one at its death (PR_SET_PDEATHSIG)
 
     def release(self):  # runs in every process that Python forks
-        """Let SIGTERM end a tokenizer's process at once: a handler in Python waits as long as a lock is waited for."""
-        if not self.training:  # data loaders, forked later, live on until the checkpoint is written
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the system's own answer: the process ends
+        """Let signals end a tokenizer's process at once, but no data loader's, which is needed to make the step."""
+        for number_ in (signal.SIGTERM, signal.SIGINT):  # of which a terminal sends SIGINT to helpers, too
+            signal.signal(number_, signal.SIG_IGN if self.training else signal.SIG_DFL)  # no Python in either
 
     def receive(self, number_, frame):  # the signature that Python wants
         """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
-        if os.getpid() != self.owner:  # a helper process has inherited this handler
-            if not self.training:  # a tokenizer's, at Ctrl-C
-                os._exit(128 + number_)  # without Python's clean-up, which belongs to the owner
-            return  # a data loader's: it is needed until the step is made
         if self.launcher:  # the system signals already at the end of the thread that has started us
             time.sleep(0.1)  # a launcher that is being killed is gone by then
         if self.launcher not in (0, os.getppid()):  # the launcher has died, and we were given to another parent
@@ -1642,10 +1638,9 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
 
     def agree(signal_):  # signals reach processes at different moments, but all have to stop after the same step
         """Return the highest number of a signal that any rank has received, 0 for none."""
-        if world == 1:  # a single process need not ask anybody
-            return signal_  # its own signal decides
         highest = torch.tensor(signal_)  # on the CPU, so that no GPU is waited for
-        dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)  # a few bytes a step, or an evaluated batch
+        if group:  # a single process need not ask anybody
+            dist.all_reduce(highest, dist.ReduceOp.MAX, group=group)  # a few bytes a step, or an evaluated batch
         return highest.item()  # the same on all ranks
 
     class Restore(TrainerCallback):  # an event that is no method of the Trainer
@@ -1660,14 +1655,13 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             trainer._total_loss_scalar, trainer._initial_global_step = past.get("losses", 0.0), 0  # for train_loss
             trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has shown yet …
             trainer._globalstep_last_logged = last_line(state)  # … and the step after which they come
-            if past.get("best"):  # a name: the run may have been moved
-                state.best_model_checkpoint = os.path.join(past["folder"], past["best"])  # to load it at the end
             if past.get("evaluate"):  # the last call was stopped before it could
                 control.should_evaluate = True  # the result is logged at its own step
                 trainer._maybe_log_save_evaluate(trainer._tr_loss, *[None] * 6)  # or left to the next call once more
-                if state.best_global_step == state.global_step:  # better than all before
-                    best = f"checkpoint-{state.global_step}"  # the one that the run goes on from
-                    state.best_model_checkpoint = os.path.join(past["folder"], best)  # to load it at the end
+            new = state.best_global_step == state.global_step  # by the evaluation above, or one before the save
+            best = f"checkpoint-{state.global_step}" if new else past.get("best")  # this one, or one of before
+            if best:  # to be loaded at the end, if asked for
+                state.best_model_checkpoint = os.path.join(past["folder"], best)  # the run may have been moved
 
     trainer = ReliableTrainer(  # it also sets the seed and makes optimizer and schedule
         model=model,  # moved to the device here
@@ -1698,7 +1692,7 @@ def use_one_curve(trainer, past):  # the Trainer's own callback opens a folder f
 
     trainer.remove_callback(TensorBoardCallback)  # it would open a folder for each call
     runs = os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(trainer.args.output_dir, "runs")  # for every call
-    if not past or past["step"] < past["max_steps"]:  # there are steps to make
+    if not past or past["step"] < past["max_steps"] or past["evaluate"]:  # something is left to be shown
         first = None if trainer.train_dataset is None else past.get("step", -1) + 1  # the first step to come, if any
         board = TensorBoardCallback(SummaryWriter(runs, purge_step=first))  # hides what was written from there on
         board._SummaryWriter = None  # or the final evaluation, a result, would open another folder and curve
@@ -1803,6 +1797,7 @@ def train_and_save(trainer, checkpoint, facts, lock):  # the night: after a kill
     trainer.model.config.use_cache = True  # generation with the saved model wants its cache back
     trainer.save_model(staging)  # model.safetensors, config.json, tokenizer; all ranks call it, rank 0 writes
     if trainer.args.should_save:  # rank 0, whose files these are
+        trainer.state.save_to_json(os.path.join(staging, "trainer_state.json"))  # the log of the whole run
         seal(staging, {**facts, "progress": {"step": trainer.state.global_step}})  # a checksum of every file
         for name in sorted(os.listdir(staging), key=lambda name: name.endswith(".safetensors")):  # the weights last
             if name != "manifest.json":  # waits for the metrics
@@ -1829,14 +1824,14 @@ def explain(error, trainer):  # what has ended a training or an evaluation
     if full or isinstance(error, MemoryError):  # Python's own and numpy's
         fail(f"out of memory on {trainer.args.device}: {REMEDIES}", status=1)  # the data is right, the call too
     disk = isinstance(error, (OSError, SafetensorError))  # No space left on device, Read-only file system, …
-    if disk or re.search("PytorchStreamWriter|inline_container|strerror", words):  # of which torch has no kind
+    if disk or re.search("PytorchStreamWriter|inline_container|strerror|os error", words):  # torch's; the tokenizer's
         for draft in glob.glob(os.path.join(glob.escape(output_dir), ".staging", "checkpoint-*")):  # half a checkpoint
             shutil.rmtree(draft, ignore_errors=True)  # gives its space back
         needed = 12 * sum(weight.numel() for weight in trainer.model.parameters())  # float32 weights, Adam's two
         free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes; 0: it is gone
         fail(f"{output_dir} cannot be written ({words}). "  # where and why
              f"A checkpoint needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free. "  # both in gigabytes
-             "What was saved before is whole: mend that, then the same command goes on", 1)  # no loss
+             "What was saved before is whole: make space or mend that, then the same command goes on", 1)  # no loss
     if isinstance(error, (ImportError, ValueError)):  # --use_liger_kernel without its package, --adam_beta1 2, …
         fail(f"a flag of the Trainer cannot be used: {words}")  # it is known only where it is used
 

@@ -305,7 +305,7 @@ PATHS = {
     "model is a file": (GOOD + "--model_name_or_path {train}", "--model_name_or_path", "train.jsonl", "directory"),
     "resume from nothing": (GOOD + "--resume_from_checkpoint {tmp}/none", "--resume_from_checkpoint", "none"),
     "resume from no checkpoint": (
-        GOOD + "--resume_from_checkpoint {tiny}", "--resume_from_checkpoint", "checkpoint", "trainer_state.json"
+        GOOD + "--resume_from_checkpoint {tiny}", "--resume_from_checkpoint", "checkpoint", "optimizer.pt"
     ),
 }
 

@@ -49,8 +49,9 @@ def evaluations(output):
     return events(output / "runs")["eval/loss"]
 
 
-def history(output, step):
-    rows = json.loads((output / f"checkpoint-{step}" / "trainer_state.json").read_text())["log_history"]
+def history(output, step=None):
+    folder = output / f"checkpoint-{step}" if step else output
+    rows = json.loads((folder / "trainer_state.json").read_text())["log_history"]
     return [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
 
 
@@ -59,7 +60,7 @@ def test_a_signal_ends_an_evaluation_and_the_next_call_makes_it(flags, whole, tm
     """B9, B10: 143 at once, a checkpoint, and in the end the same weights and the same evaluations, each once."""
     output = tmp_path / "out"
     argv = [str(word) for word in [sys.executable, ROOT / "main.py", *flags, "--output_dir", output]]
-    for step in (2, 6):  # within an epoch, and at its end
+    for step in (2, 6, 12):  # within an epoch, at its end, and behind the last step
         with open(tmp_path / f"log{step}", "w") as log:
             process = subprocess.Popen(argv, stdout=log, stderr=log)
         while not (output / "runs").exists() or "train/loss" not in events(output / "runs") or (
@@ -72,7 +73,7 @@ def test_a_signal_ends_an_evaluation_and_the_next_call_makes_it(flags, whole, tm
         assert process.returncode == 143 and "the same command again goes on" in said, said
     finish(*flags, "--output_dir", output)
     assert in_child(same_weights, whole, output)
-    assert evaluations(output) == evaluations(whole) and history(output, 12) == history(whole, 12)
+    assert evaluations(output) == evaluations(whole) and history(output) == history(whole)
 
 
 @pytest.mark.slow
@@ -157,6 +158,23 @@ def test_dropping_the_last_batch_leaves_the_evaluation_whole(flags, tmp_path):
                "--output_dir", tmp_path / name, *more)  # fmt: skip
         losses.append(json.loads((tmp_path / name / "eval_results.json").read_text())["eval_loss"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+@pytest.mark.slow
+def test_a_signal_ends_the_evaluation_before_the_first_step(flags, whole, tmp_path):
+    """B9, B10, F24: --eval_on_start, of which nothing can be saved; the same command starts again."""
+    output = tmp_path / "out"
+    argv = [str(word) for word in [*flags, "--eval_on_start", "--output_dir", output]]
+    log = open(tmp_path / "log", "w+")
+    process = subprocess.Popen([sys.executable, ROOT / "main.py", *argv], stdout=log, stderr=log)
+    while "output   " not in (tmp_path / "log").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 143 and "the same command again goes on" in (tmp_path / "log").read_text()
+    assert "Traceback" not in (tmp_path / "log").read_text() and not list(output.glob("checkpoint-*"))
+    finish(*argv)
+    assert in_child(same_weights, whole, output) and evaluations(output)[0][0] == 0
 
 
 def test_going_back_to_an_older_checkpoint(flags, whole, tmp_path):
