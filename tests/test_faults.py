@@ -267,6 +267,7 @@ def test_ctrl_c_reaches_launcher_and_ranks_at_once(plain, tmp_path):  # noqa: F8
     assert f"saved {output}/checkpoint-{newest};" in said, said
 
 
+@pytest.mark.slow
 def test_the_time_of_all_calls_is_reported(plain, servers, tmp_path):  # noqa: F811
     """B12: train_runtime, steps and samples a second cover the whole run."""
     output = tmp_path / "out"

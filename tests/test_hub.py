@@ -227,6 +227,7 @@ def test_a_gated_data_set_opens_with_a_good_token(tiny, tmp_path):
     ("--dataset_name", "offline"),
     pytest.param("--model_name_or_path", "dead endpoint", marks=pytest.mark.slow),
 ])
+@pytest.mark.slow
 def test_no_network_and_an_empty_cache_is_said_in_one_sentence(flag, way, tiny, train, tmp_path):
     """F1, F3: with HF_HUB_OFFLINE at once, with a dead network after the library's own tries."""
     env = {"HF_HOME": str(tmp_path / "home")}

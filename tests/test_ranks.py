@@ -85,6 +85,7 @@ def test_ranks_with_another_main_py_are_refused(flags, tmp_path):
     refused(both(flags, prepare=(None, mount(other, ROOT / "main.py"))), "main.py is '")
 
 
+@pytest.mark.slow
 def test_another_number_of_processes_is_refused(flags):
     """C6, N3: two launchers with different totals."""
     refused(both(flags, WORLD_SIZE=3), "WORLD_SIZE is 3 instead of 2")
@@ -110,6 +111,7 @@ def test_a_missing_file_on_one_machine_ends_all(flags, tmp_path):
     assert "rank 1 on " in ranks[0].err and time.time() - began < 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_bad_data_on_one_machine_ends_all(flags, tmp_path, rank):
     """B13: while the other one waits for the end of the preparation."""
@@ -127,6 +129,7 @@ def test_other_data_on_one_machine_is_refused(flags, tmp_path):
     refused(ranks, "train_data is '", "instead of")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", [[], ["--do_eval"]], ids=["training", "evaluation"])
 def test_other_validation_data_on_one_machine_is_refused(flags, tmp_path, task):
     """B13: the perplexity would be of both texts, or one machine would wait for batches that the other has not."""
@@ -164,6 +167,7 @@ def test_several_processes_that_cannot_find_each_other_are_refused(flags):
         refused([done], f"WORLD_SIZE is 2, but {name} is not set")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked(flags, rank):
     """C6: --ddp_timeout holds from the beginning, also without a GPU."""

@@ -231,6 +231,7 @@ def test_do_eval_alone_leaves_a_training_run_alone(finished):
     assert (output / "all_results.json").read_text() == before
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_weights(finished, tmp_path):
     """B10: killed after a checkpoint, the same command goes on from it and ends with the undisturbed run's weights."""
     output, _, _, argv = finished

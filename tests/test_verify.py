@@ -333,6 +333,7 @@ def test_a_port_that_is_taken_is_named(no_torch, tiny, tmp_path):
     expect(verify(env=env | {"MAIN_NODE_IP": "127.0.0.1", "MAIN_PORT": port}), "main port", "PASS", "free")
 
 
+@pytest.mark.slow
 def test_another_main_node_is_knocked_at(no_torch, tiny, tmp_path):
     """V5: two hosts in network namespaces: one that listens, one that does not yet, and one that is not there."""
     script = """
@@ -448,6 +449,7 @@ def test_without_a_network_it_takes_seconds(tmp_path):
     assert [name for name, rows in done.checks.items() if rows[-1][0] == "FAIL"] == ["model access"], done.checks
 
 
+@pytest.mark.slow
 def test_a_hub_that_never_answers_is_given_up(no_torch, tmp_path):
     """V4, V6: a server that takes the connection and stays silent costs seconds."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
