@@ -31,6 +31,7 @@ import importlib.util  # is a package installed? answered without importing it
 import itertools  # numbers without end
 import json  # .json and .jsonl files
 import math  # perplexity = exp(loss)
+import multiprocessing  # the helpers of this process
 import os  # paths, environment
 import platform  # Python's version
 import re  # checkpoint-N, names of flags
@@ -290,8 +291,16 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 can
 
     def release(self):  # runs in every process that Python forks
         """Let signals end a tokenizer's process at once, but no data loader's, which is needed to make the step."""
-        for number_ in (signal.SIGTERM, signal.SIGINT):  # of which a terminal sends SIGINT to helpers, too
-            signal.signal(number_, signal.SIG_IGN if self.training else signal.SIG_DFL)  # no Python in either
+        if self.training:  # terminals and batch systems may signal all processes at once
+            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))  # torch sets handlers of its own
+        for number_ in (signal.SIGTERM, signal.SIGINT):  # else the pool of tokenizers sends one, and waits
+            signal.signal(number_, signal.SIG_DFL)  # no Python in it, which would wait for locks
+
+    def end_helpers(self):  # which do not listen to signals
+        """Kill the processes of data loaders. They only read."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of their end
+        for helper in multiprocessing.active_children():  # when this process ends Python waits for them
+            helper.kill()  # SIGKILL
 
     def receive(self, number_, frame):  # the signature that Python wants
         """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
@@ -310,6 +319,7 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 can
     def leave(self, number_, saved):  # every signal ends here, sooner or later
         """Exit with 128 + the signal's number, as a shell reports it. saved (str): what the sentence says of it."""
         self.training = False  # a further signal ends it at once
+        self.end_helpers()  # nothing is read any more
         if number_ == signal.SIGKILL:  # not asked for: multinode_train.sh may try again
             fail(f"stopped by the loss of a launcher{saved}; the same command again goes on", 1)  # as any failure
         name = signal.Signals(number_).name  # SIGTERM or SIGINT
@@ -1122,10 +1132,12 @@ def find_checkpoint(output_dir, chosen, settings):  # what has an earlier call o
         path = output_dir  # a finished run has a manifest there, written last
         manifest, fault = read_manifest(path, chosen)  # reads all of it: 2 seconds for a checkpoint
         if fault and chosen:  # by --resume_from_checkpoint: it is looked at before anything is renamed
-            origin, harm = read_manifest(chosen)  # of the one that the user wants
-            if harm or (harm := differences(origin, settings)):  # it is not replaced by another one
+            manifest, harm = read_manifest(chosen)  # of the one that the user wants
+            if harm:  # it is not replaced by another one
                 fail(f"--resume_from_checkpoint {chosen} cannot be used: {harm}; "  # what is wrong with it
                      "leave the flag out to take the newest one that is whole")  # as it does without being told to
+            if differences(manifest, settings):  # then nothing is renamed: same_run() is going to refuse it
+                path, fault = chosen, None  # or to move all of it aside, if asked for
         while fault and (path := get_last_checkpoint(output_dir) or chosen):  # the newest first
             manifest, fault = read_manifest(path, chosen)  # most often it can be used, and the loop ends
             if fault:  # then it must no longer be seen as a checkpoint of this run
@@ -1472,6 +1484,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     limit = training_args.ddp_timeout_delta  # how long a rank waits for the others
     group = dist.new_group(backend="gloo", timeout=limit) if world > 1 else None  # to agree on a stop, beside the GPUs
 
+    by_epoch = training_args.logging_strategy == "epoch"  # then the last line may be of a part of one
     for kind in ("logging", "eval", "save"):  # with --eval_strategy epoch, for example
         if getattr(training_args, f"{kind}_strategy") == "epoch":  # an epoch's end is a step as any other
             steps = type(getattr(training_args, f"{kind}_strategy"))("steps")  # one of transformers' enumerations
@@ -1569,6 +1582,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             noted = 0 if grad_norm is None or scaled else grad_norm  # others spoil the weights
             bad = ~torch.isfinite(tr_loss + noted) & (self.bad_step == 0)  # on the device, not waited for
             self.bad_step = torch.where(bad, step, self.bad_step)  # the first; the sum tr_loss stays NaN after it
+            control.should_log |= by_epoch and step == self.state.max_steps  # wherever the last epoch ends
             ordered = agree(stop.signal)  # the number of a signal, the same on all ranks
             if ordered:  # the lines below and the Trainer do it
                 control.should_save = control.should_training_stop = True  # a checkpoint, and no further step
@@ -1602,6 +1616,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             stop.training = False  # no step will come that would see it: the same command does the rest
             if stop.signal:  # it came after the last step
                 stop.leave(stop.signal, " after the last step")  # only the final model is missing
+            self._tr_loss = self.accelerator.gather(self._tr_loss[None]).mean()  # the Trainer takes rank 0's for all
             return super()._finalize_training(trial, samples, self.started)  # also loads the best model, if asked to
 
         def _get_output_dir(self, trial):  # the Trainer asks where to put checkpoint-N, and which are old
@@ -1621,13 +1636,13 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
                         "loss": loss, "losses": self._total_loss_scalar}  # since the last line; up to it
             super()._save_checkpoint(model, trial)  # each rank writes its random state, rank 0 all else
             self.accelerator.wait_for_everyone()  # nobody is still writing
+            if (self.state.best_model_checkpoint or "").startswith(staging):  # this one: all ranks will load it …
+                self.state.best_model_checkpoint = final  # … from where it is going to be
+            best = self.state.best_model_checkpoint  # this one, one of before, or None
             if self.args.should_save:  # rank 0, which has written most of it
-                if (self.state.best_model_checkpoint or "").startswith(staging):  # this one, at its present place
-                    self.state.best_model_checkpoint = final  # where it is going to be
-                    self.state.save_to_json(os.path.join(draft, "trainer_state.json"))  # with the present place
-                best = self.state.best_model_checkpoint  # this one, one of before, or None
+                self.state.save_to_json(os.path.join(draft, "trainer_state.json"))  # with the best one's final place
                 if best and self.args.load_best_model_at_end:  # without it no later call could end as this one
-                    progress["best"] = os.path.relpath(best, output_dir)  # a name only: the run may move
+                    progress["best"] = os.path.relpath(*map(os.path.realpath, (best, output_dir)))  # a run may move
                 seal(draft, {**facts, "progress": progress})  # checksums, and on the disk
                 os.rename(draft, final)  # from this instant on it is the newest checkpoint
                 os.rmdir(staging)  # empty by now
@@ -1649,6 +1664,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         def on_train_begin(self, args, state, control, **_):  # everything is loaded, nothing has been trained
             """Restore what the Trainer starts anew with every call."""
             stop.training = True  # from now on a signal waits for a checkpoint
+            atexit.register(stop.end_helpers)  # if the run ends with an error
             state.compute_steps(args, state.max_steps)  # a changed --logging_steps or --save_steps takes effect
             trainer.began = trainer.logged = time.time(), state.global_step  # for speed and time left
             trainer.started = time.time() - past.get("seconds", 0)  # train_runtime is that of all calls together
@@ -1656,6 +1672,9 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
             trainer._tr_loss += past.get("loss", 0)  # of steps that no log line has shown yet …
             trainer._globalstep_last_logged = last_line(state)  # … and the step after which they come
             if past.get("evaluate"):  # the last call was stopped before it could
+                for row in [row for row in state.log_history if row["step"] == state.global_step]:  # of this step
+                    row = {name: value for name, value in row.items() if name != "step"}  # as log() had it
+                    trainer.callback_handler.on_log(args, state, control, row)  # the curve goes on from before it
                 control.should_evaluate = True  # the result is logged at its own step
                 trainer._maybe_log_save_evaluate(trainer._tr_loss, *[None] * 6)  # or left to the next call once more
             new = state.best_global_step == state.global_step  # by the evaluation above, or one before the save
@@ -1693,7 +1712,8 @@ def use_one_curve(trainer, past):  # the Trainer's own callback opens a folder f
     trainer.remove_callback(TensorBoardCallback)  # it would open a folder for each call
     runs = os.environ["TENSORBOARD_LOGGING_DIR"] = os.path.join(trainer.args.output_dir, "runs")  # for every call
     if not past or past["step"] < past["max_steps"] or past["evaluate"]:  # something is left to be shown
-        first = None if trainer.train_dataset is None else past.get("step", -1) + 1  # the first step to come, if any
+        first = past.get("step", -1) + 1 - past.get("evaluate", False)  # the first step to come, or to be shown anew
+        first = None if trainer.train_dataset is None else first  # --do_eval adds a point
         board = TensorBoardCallback(SummaryWriter(runs, purge_step=first))  # hides what was written from there on
         board._SummaryWriter = None  # or the final evaluation, a result, would open another folder and curve
         trainer.add_callback(board)  # flushes after every line, closes after the last step

@@ -3,10 +3,12 @@
 import json
 import os
 import random
+import re
 import select
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -247,6 +249,23 @@ def test_no_helper_process_stays_behind(plain, servers, tmp_path):  # noqa: F811
         again = servers[1].run(call, output)
         assert again["status"] == 0, again["err"]
         assert in_child(same_weights, expected, output)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_to_all_processes_leaves_the_data_loaders_at_work(number, plain, tmp_path):  # noqa: F811
+    """B10: as from a batch system or a terminal: a checkpoint, the status, nobody left behind, no long wait."""
+    output = tmp_path / "out"
+    words = [sys.executable, ROOT / "main.py", *plain[0], "--max_steps", 400, "--dataloader_num_workers", 2]
+    words = [str(word) for word in [*words, "--output_dir", output]]
+    process = subprocess.Popen(words, stdout=-3, stderr=-1, text=True, start_new_session=True)
+    wait_for(output / "checkpoint-4", process)
+    start = time.time()
+    os.killpg(process.pid, number)
+    said = process.communicate()[1]
+    assert process.returncode == 128 + number and "Traceback" not in said, said
+    assert time.time() - start < 5 and subprocess.run(["pgrep", "-g", str(process.pid)], check=False).returncode == 1
+    assert (output / re.search(r"saved \S+/(checkpoint-\d+);", said)[1] / "manifest.json").exists(), said
 
 
 @pytest.mark.slow

@@ -8,7 +8,8 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, in_child, run, write_jsonl
+from conftest import ROOT, in_child, launch, run, write_jsonl
+from test_hub import ACCELERATE, free_port
 from test_training import same_weights
 from test_unkillable import events
 
@@ -191,3 +192,62 @@ def test_going_back_to_an_older_checkpoint(flags, whole, tmp_path):
     assert {f"unused-checkpoint-{step}" for step in (6, 8, 10, 12)} <= {path.name for path in output.iterdir()}
     assert in_child(same_weights, whole, output)
     assert "This run finished" in finish(*flags, *chosen).out
+
+
+@pytest.mark.slow
+def test_a_kill_after_a_deferred_evaluation_shows_it_once(flags, whole, tmp_path):
+    """B10, B11: SIGTERM in an evaluation, then kill -9 after the next call has made it: each point once."""
+    output = tmp_path / "out"
+    argv = [str(word) for word in [sys.executable, ROOT / "main.py", *flags, "--output_dir", output]]
+    for tag, number in (("train/loss", signal.SIGTERM), ("eval/loss", signal.SIGKILL)):
+        process = subprocess.Popen(argv, stdout=-3, stderr=-3)
+        while not (output / "runs").exists() or 6 not in [row[0] for row in events(output / "runs").get(tag, [])]:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(number)
+        process.wait()
+    finish(*flags, "--output_dir", output)
+    assert evaluations(output) == evaluations(whole) and history(output) == history(whole)
+    assert events(output / "runs")["train/loss"] == events(whole / "runs")["train/loss"]
+    assert in_child(same_weights, whole, output)
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_best_model(flags, tmp_path):
+    """B9, B13: with --load_best_model_at_end all ranks load it, and the metrics are those of the published model."""
+    output = tmp_path / "out"
+    start = [ACCELERATE, "launch", "--multi_gpu", "--num_processes", 2, "--main_process_port", free_port()]
+    done = launch(*start, ROOT / "main.py", *flags, *BEST, "--logging_steps", 5, "--output_dir", output)
+    assert done.status == 0 and "Could not locate" not in done.err, done.err
+    results = json.loads((output / "all_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(dict(history(output))[2], rel=1e-6)
+    for name in ("manifest.json", "model.safetensors"):
+        (output / name).unlink()
+    start[-1] = free_port()
+    done = launch(*start, ROOT / "main.py", *flags, *BEST, "--logging_steps", 5, "--output_dir", output)
+    again = json.loads((output / "all_results.json").read_text())
+    assert done.status == 0, done.err
+    for name in ("eval_loss", "train_loss"):
+        assert again[name] == pytest.approx(results[name], rel=1e-6)
+
+
+def test_the_last_part_of_an_epoch_is_logged_as_well(flags, tmp_path):
+    """F17, F24: --logging_strategy epoch, one and a third of it."""
+    finish(*flags, "--logging_strategy", "epoch", "--max_steps", 8, "--output_dir", tmp_path / "out")
+    assert [step for step, _ in events(tmp_path / "out" / "runs")["train/loss"]] == [6, 8]
+
+
+@pytest.mark.slow
+def test_a_best_model_elsewhere_is_found_through_a_link(flags, tmp_path):
+    """B10, F22: --output_dir is a symbolic link, the best checkpoint lies beside the chosen one elsewhere."""
+    expected, place = tmp_path / "whole", tmp_path / "data" / "deep" / "out"
+    finish(*flags, *BEST, "--output_dir", expected)
+    place.mkdir(parents=True)
+    (tmp_path / "link").symlink_to(place)
+    argv = [*flags, *BEST, "--resume_from_checkpoint", expected / "checkpoint-4", "--output_dir", tmp_path / "link"]
+    finish(*argv)
+    for name in ("manifest.json", "model.safetensors"):
+        (place / name).unlink()
+    done = finish(*argv)
+    assert f"Going on from {tmp_path}/link/checkpoint-12, step 12 of 12." in done.out
+    assert in_child(same_weights, expected, place)
