@@ -1464,7 +1464,7 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
     Args: stop (Stop): knows of signals. facts (dict): for the manifest of each checkpoint: `settings`, `versions`, and
         `progress` of the checkpoint that the run goes on from. lock: the file of claim(), on rank 0.
     Returns: transformers.Trainer, whose evaluations report perplexity and whose checkpoints are complete or absent.
-        It overrides three methods that are not public: requirements.txt holds transformers to the tested version.
+        It overrides five methods that are not public: requirements.txt holds transformers to the tested version.
     """
     from resource import RUSAGE_SELF, getrusage  # this process's memory
 
