@@ -296,11 +296,11 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 can
         for number_ in (signal.SIGTERM, signal.SIGINT):  # else the pool of tokenizers sends one, and waits
             signal.signal(number_, signal.SIG_DFL)  # no Python in it, which would wait for locks
 
-    def end_helpers(self):  # which do not listen to signals
-        """Kill the processes of data loaders. They only read."""
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of their end
-        for helper in multiprocessing.active_children():  # when this process ends Python waits for them
-            helper.kill()  # SIGKILL
+    def end_helpers(self):  # when nothing is read any more
+        """Kill the data loaders that are left. They do not listen to signals, and Python would wait for their end."""
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain of it
+        for helper in multiprocessing.active_children():  # --dataloader_persistent_workers, or a run that was stopped
+            helper.kill()  # they have nothing to lose
 
     def receive(self, number_, frame):  # the signature that Python wants
         """Note the signal, or end at once when there is nothing to save, or when it comes again after 3 seconds."""
@@ -319,7 +319,6 @@ class Stop:  # SIGTERM comes from batch systems, SIGINT from Ctrl-C; kill -9 can
     def leave(self, number_, saved):  # every signal ends here, sooner or later
         """Exit with 128 + the signal's number, as a shell reports it. saved (str): what the sentence says of it."""
         self.training = False  # a further signal ends it at once
-        self.end_helpers()  # nothing is read any more
         if number_ == signal.SIGKILL:  # not asked for: multinode_train.sh may try again
             fail(f"stopped by the loss of a launcher{saved}; the same command again goes on", 1)  # as any failure
         name = signal.Signals(number_).name  # SIGTERM or SIGINT
@@ -1664,7 +1663,6 @@ def make_trainer(model, tokenizer, training_args, train, validation, stop, facts
         def on_train_begin(self, args, state, control, **_):  # everything is loaded, nothing has been trained
             """Restore what the Trainer starts anew with every call."""
             stop.training = True  # from now on a signal waits for a checkpoint
-            atexit.register(stop.end_helpers)  # if the run ends with an error
             state.compute_steps(args, state.max_steps)  # a changed --logging_steps or --save_steps takes effect
             trainer.began = trainer.logged = time.time(), state.global_step  # for speed and time left
             trainer.started = time.time() - past.get("seconds", 0)  # train_runtime is that of all calls together
@@ -1924,6 +1922,8 @@ def main(argv=None):  # the table of contents
     except Exception as error:  # a full GPU, a full disk, …
         explain(error, trainer)  # in a sentence, if the user can mend it
         raise  # not ours to explain
+    finally:  # however it ends
+        stop.end_helpers()  # with all that it has started
     results = os.path.join(args.output_dir, "all_results.json")  # loss, perplexity, speed
     say(f"Done: the metrics are in {results}" if args.evaluate_only else  # of an evaluation alone
         f"Done: the model is in {args.output_dir}, its metrics in {results}.")  # for from_pretrained()

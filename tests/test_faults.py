@@ -269,6 +269,17 @@ def test_a_signal_to_all_processes_leaves_the_data_loaders_at_work(number, plain
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("flags", ["--dataloader_persistent_workers True", "--learning_rate 1e30"])
+def test_a_run_with_data_loaders_ends_with_them(flags, plain, tmp_path):  # noqa: F811
+    """B10: well or with an error, on its own: nobody is left, and nothing waits."""
+    words = [sys.executable, ROOT / "main.py", *plain[0], "--max_steps", 6, "--dataloader_num_workers", 2]
+    words = [str(word) for word in [*words, *flags.split(), "--output_dir", tmp_path / "out"]]
+    done = subprocess.run(words, capture_output=True, text=True, start_new_session=True, timeout=60, check=False)
+    assert done.returncode == ("rate" in flags), done.stderr
+    assert "Traceback" not in done.stderr and ("rate" not in flags or "is not a finite number" in done.stderr)
+
+
+@pytest.mark.slow
 def test_ctrl_c_reaches_launcher_and_ranks_at_once(plain, tmp_path):  # noqa: F811
     """B10, B13: a terminal sends SIGINT to the whole group, the launcher then SIGTERM: one checkpoint, no orphan."""
     output = tmp_path / "out"
