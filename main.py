@@ -1847,7 +1847,7 @@ def explain(error, trainer):  # what has ended a training or an evaluation
             shutil.rmtree(draft, ignore_errors=True)  # gives its space back
         needed = 12 * sum(weight.numel() for weight in trainer.model.parameters())  # float32 weights, Adam's two
         free = shutil.disk_usage(output_dir).free if os.path.isdir(output_dir) else 0  # bytes; 0: it is gone
-        fail(f"{output_dir} cannot be written ({words}). "  # where and why
+        fail(f"--output_dir {output_dir} cannot be written ({words}). "  # where and why
              f"A checkpoint needs {needed / 1e9:.2g} GB, {free / 1e9:.2g} GB are free. "  # both in gigabytes
              "What was saved before is whole: make space or mend that, then the same command goes on", 1)  # no loss
     if isinstance(error, (ImportError, ValueError)):  # --use_liger_kernel without its package, --adam_beta1 2, …

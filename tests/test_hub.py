@@ -225,7 +225,7 @@ def test_a_gated_data_set_opens_with_a_good_token(tiny, tmp_path):
 @pytest.mark.parametrize(("flag", "way"), [
     ("--model_name_or_path", "offline"),
     ("--dataset_name", "offline"),
-    pytest.param("--model_name_or_path", "dead endpoint", marks=pytest.mark.slow),
+    ("--model_name_or_path", "dead endpoint"),
 ])
 @pytest.mark.slow
 def test_no_network_and_an_empty_cache_is_said_in_one_sentence(flag, way, tiny, train, tmp_path):
