@@ -88,7 +88,7 @@ class Node:
     def find(self, what):
         """The process id of its worker, its launcher, or its first process."""
         for pid, words in tree(self.process.pid).items():
-            launcher = "--num_machines" in words
+            launcher = str(ROOT / "tools/launch.py") in words
             kind = "worker" if str(ROOT / "main.py") in words and not launcher else "launcher" if launcher else ""
             if kind == what or (what == "node" and words[0] == "bash"):
                 return pid
@@ -292,16 +292,16 @@ def test_what_is_wrong_on_one_machine_ends_both_with_its_sentence(hosts, flags, 
     assert steps(tmp_path / "out") == [] and os.listdir(tmp_path / "own") == []
 
 
-LOST = r"closed by peer|reset by peer|connection to 10\.77\.0\.1 is lost|main.py: error: rank . on node."
-ORPHAN, CUT = f"{LOST}|loss of a launcher", f"{LOST}|[Tt]imed out|unreachable|No route"
+KILLED, GONE = r"launch.py: node{0}: rank {0} ended with signal 9", r"connection to machine {0} \(node{0}\) is lost"
+ORPHAN, CUT = r"closed by peer|reset by peer|loss of a launcher", r"launch.py: nothing was heard of machine {0} "
 KILLS = {  # what is killed, on which node; the words of node 0 and node 1
-    "kill -9 of the worker on node 0": ("worker", 0, "signal 9", LOST),
-    "kill -9 of the worker on node 1": ("worker", 1, LOST, "signal 9"),
-    "kill -9 of the launcher on node 0": ("launcher", 0, ORPHAN, ORPHAN),
-    "kill -9 of the launcher on node 1": ("launcher", 1, ORPHAN, ORPHAN),
-    "kill -9 of all of node 0": ("node", 0, None, LOST),
-    "kill -9 of all of node 1": ("node", 1, LOST, None),
-    "the cable is cut for good": ("cable", 1, CUT, CUT),
+    "kill -9 of the worker on node 0": ("worker", 0, "rank 0 ended with signal 9", KILLED.format(0)),
+    "kill -9 of the worker on node 1": ("worker", 1, KILLED.format(1), "rank 1 ended with signal 9"),
+    "kill -9 of the launcher on node 0": ("launcher", 0, ORPHAN, GONE.format(0)),
+    "kill -9 of the launcher on node 1": ("launcher", 1, GONE.format(1), ORPHAN),
+    "kill -9 of all of node 0": ("node", 0, None, GONE.format(0)),
+    "kill -9 of all of node 1": ("node", 1, GONE.format(1), None),
+    "the cable is cut for good": ("cable", 1, CUT.format(1), CUT.format(0)),
     "the storage of node 1 is lost in training": ("storage", 1, "cannot be written", "cannot be written"),
 }
 
@@ -360,7 +360,7 @@ def test_a_cut_cable_is_spoken_of_within_a_minute_and_waited_for(hosts, undistur
     progress(tmp_path / "out", nodes[0])
     began = time.time()
     hosts.cable("down")
-    words = "nothing was heard of rank {0} on node{0} for"
+    words = "warning  nothing was heard of machine {0} (node{0}) for"
     while not all(words.format(1 - node.rank) in node.said() for node in nodes):
         assert time.time() - began < 60, [node.said() for node in nodes]
         time.sleep(1)

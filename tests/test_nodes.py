@@ -2,14 +2,18 @@
 
 import os
 import signal
+import socket
 import subprocess
 import sys
+import time
 
 import pytest
 from conftest import ROOT, in_child, launch, write_jsonl
 from test_hub import ACCELERATE, free_port
 from test_training import same_weights
 from test_unkillable import wait_for
+
+from tools import launch as launcher
 
 PATH = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
 
@@ -106,3 +110,61 @@ def test_wrong_settings_and_the_guide_are_said():
                        (["run_node1.sh"], {"TOTAL_GPUS": "3"})):  # fmt: skip
         done = launch("bash", ROOT / words[0], *words[1:], env=env)
         assert done.status == 2 and done.err.startswith("multinode_train.sh: ") and done.out == ""
+
+
+@pytest.mark.parametrize("words, seconds", [([], 600), (["--ddp_timeout", "10"], 10), (["--ddp-timeout=7"], 7),
+                                            (["--ddp_timeout=9", "main.py", "--ddp-timeout", "8", "--bf16"], 8),
+                                            (["--ddp_timeout"], 600), (["--ddp_timeout", "x"], 600)])  # fmt: skip
+def test_the_launcher_reads_ddp_timeout_as_main_py_does(words, seconds):
+    """B10: both forms, dashes, the last one counts; main.py complains of a wrong value."""
+    assert launcher.ddp_timeout(words) == seconds
+
+
+@pytest.fixture
+def three(monkeypatch):
+    """What the machines 0, 1 and 2 know of each other: machine 0 is connected to both others."""
+    monkeypatch.setattr(launcher, "MACHINES", 3)
+    pairs = {rank: socket.socketpair() for rank in (1, 2)}
+    watches = []
+    for rank, links in enumerate([{key: pair[0] for key, pair in pairs.items()}, {0: pairs[1][1]}, {0: pairs[2][1]}]):
+        monkeypatch.setattr(launcher, "RANK", rank)
+        watches.append(launcher.Watch(links, 600))
+    return watches
+
+
+def end(watch, rank, monkeypatch, *how):
+    """Let the part of a machine end. Returns: its exit status."""
+    monkeypatch.setattr(launcher, "SELF", {"machine": rank, "name": f"node{rank}"})
+    return watch.finish(*how)
+
+
+def test_the_reason_of_one_machine_is_said_on_all_others(three, monkeypatch, capfd):
+    """B10, C5: also on a third machine, which takes over a status after which MAX_RETRIES does not try again."""
+    assert end(three[1], 1, monkeypatch, 2, "--train_file x: no such file", False) == 2
+    assert end(three[0], 0, monkeypatch, 1, launcher.LOST, True) == 2
+    assert end(three[2], 2, monkeypatch, 1, launcher.LOST, True) == 2
+    assert capfd.readouterr().err == "launch.py: node1: --train_file x: no such file\n" * 2
+
+
+def test_a_machine_that_is_lost_without_a_word_is_named(three, monkeypatch, capfd):
+    """B10: kill -9 of a launcher or machine: the machine that sees the connection end tells the third one."""
+    three[1].links[0].close()
+    assert end(three[0], 0, monkeypatch, 134, launcher.LOST, True) == 134
+    assert end(three[2], 2, monkeypatch, 1, launcher.LOST, True) == 1
+    assert capfd.readouterr().err == "launch.py: the connection to machine 1 is lost\n" * 2
+
+
+def test_silence_is_spoken_of_and_waited_for(three, monkeypatch, capfd):
+    """B10: first after half a minute, then every 15 seconds; the end comes a minute after --ddp_timeout."""
+    ended = []
+    monkeypatch.setattr(launcher.signal, "pthread_kill", lambda *words: ended.append(words))
+    began = time.monotonic()
+    for second in range(0, 665, 5):
+        monkeypatch.setattr(launcher.time, "monotonic", lambda now=began + second: now)
+        if not three[0].given_up:
+            three[0].check(began + second)
+    said = capfd.readouterr().err.splitlines()
+    assert said[0].startswith("warning  nothing was heard of machine 1, machine 2 for 30 seconds: is it down, or the")
+    assert said[0].endswith("the run waits for --ddp_timeout 600 seconds") and len(said) == 44, said
+    assert said[-1] == "launch.py: nothing was heard of machine 1, machine 2 for 660 seconds, so the run ends"
+    assert len(ended) == 1
