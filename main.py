@@ -34,6 +34,7 @@ import socket  # names and addresses of machines
 import sys  # exit status, standard error
 import threading  # errors of TensorBoard's writer
 import time  # speed, and the seconds of all calls
+import traceback  # errors with all their causes
 from dataclasses import asdict, dataclass, field, replace  # state whose fields are listed in one place
 from datetime import timedelta  # how torch takes a timeout
 from glob import escape, glob  # "data/*.jsonl" given in quotes
@@ -47,7 +48,7 @@ WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words of untouched text
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files, each also with .gz behind it
 SPEAKER = os.environ.get("LOCAL_RANK", "0") == "0"  # says what all processes of this machine know
 REPORTERS = (  # places where the Trainer can draw curves
-    "tensorboard", "wandb", "none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive",  # …
+    "tensorboard", "wandb", "none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub", "dvclive",
     "flyte", "kubeflow", "mlflow", "neptune", "swanlab", "trackio")  # each needs its package
 PARTIAL = "makes checkpoints that no run can go on from"  # without the optimizer, or a part for each process
 REFUSED = {  # flags of the Trainer that would break a promise of the README, and why
@@ -56,14 +57,14 @@ REFUSED = {  # flags of the Trainer that would break a promise of the README, an
     "--auto_find_batch_size": "changes the effective batch in the middle of a run",  # when the GPU is full
     "--batch_eval_metrics": "leaves no loss of each chunk to make the mean of",  # as each has to count once
     "--eval_do_concat_batches": "leaves no mean over all chunks"}  # but a list for each batch
-INEXACT = {"--ignore_data_skip", "--train_sampling_strategy", "--accelerator_config", "--dataloader_persistent_workers"}
+INEXACT = {  # flags of the Trainer with which a run that was stopped may end with other weights
+    "--ignore_data_skip", "--train_sampling_strategy", "--accelerator_config", "--dataloader_persistent_workers"}
 REMEDIES = (  # against a full GPU, the cheapest first
     "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double --gradient_accumulation_steps: "
     "the same training; (3) add --gradient_checkpointing: about 20 % slower; "
     "(4) shorten --max_seq_length (2048, 1024, 512)")
 
 # ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
 def log0(*lines):  # progress goes to standard output, from rank 0 alone
     if os.environ.get("RANK", "0") == "0":  # launchers set it; a single process has none
         print(*lines, sep="\n", flush=True)  # a log file shows them at once
@@ -286,7 +287,6 @@ class Signals:  # what has been received, and what becomes of it; kill -9 cannot
         die(f"stopped by {name}{saved}; the same command again goes on", status, SPEAKER or not saved)  # all ranks stop
 
 # ── The answer, and behind it the imports ────────────────────────────────────────────────────────────────────────────
-
 if __name__ == "__main__":  # not where tests or worker processes import this file
     SIGNALS = Signals()  # from here on a signal ends the run with a sentence
     with reported():  # --help and a slip are answered in 0.06 s
@@ -405,13 +405,12 @@ def join_group(args):  # before a device is touched; args may be the SystemExit 
     return ranks  # all of them are here
 
 # ── The Trainer's arguments ──────────────────────────────────────────────────────────────────────────────────────────
-
 HARMLESS = tuple(  # beginnings of the names of flags that cannot change weights: they may differ when a run goes on
     "output_dir logging_ log_ save_ eval_ do_ hub_ push_to_hub report_to run_name project trackio_ disable_tqdm debug "
     "include_ skip_memory_metrics batch_eval_metrics per_device_eval_batch_size prediction_loss_only label_names "
     "length_column_name dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent "
     "ddp_timeout ddp_backend ddp_bucket local_rank use_cpu torch_empty resume_ validation_file max_eval_samples "
-    "preprocessing_ cache_dir overwrite_ evaluate_only given trainer_argv".split())
+    "preprocessing_ cache_dir overwrite_ evaluate_only given trainer_argv".split())  # those of ours last
 
 def make_training_arguments(args):  # the Trainer's flags
     """Turn the command line into transformers.TrainingArguments. Raises: SystemExit(2) with one sentence."""
@@ -433,26 +432,6 @@ def make_training_arguments(args):  # the Trainer's flags
     plan, rest = parser.parse_known_args(args.trainer_argv)  # plan: the fields of TrainingArguments
     if rest:  # "--bf16 true", or a file without its flag
         die(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # the first one
-    vet(args, plan)  # what the Trainer would accept
-    if not args.evaluate_only:  # checkpoints in output_dir are out of the Trainer's reach, also for deletion
-        plan.output_dir = join(args.output_dir, ".staging")  # on_save() publishes what is whole
-    try:  # TrainingArguments check combinations of their own
-        made = transformers.TrainingArguments(**vars(plan))  # from here on the device is known
-    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # each for some flag
-        die(f"the Trainer does not accept these flags: {one_line(error)}")  # its own words
-    if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
-        log0(f"note     {made.n_gpu} GPUs are visible, one is used: CUDA_VISIBLE_DEVICES chooses it, "  # the first one
-             "accelerate launch --num_processes N uses several")
-        made._n_gpu = 1  # a process for each GPU is the way to use all
-    for flag in INEXACT.intersection(args.given):  # allowed: some data is too large to skip
-        log0(f"note     {flag}: a stopped run may go on with other data than it would have had")  # and other weights
-    if made.label_smoothing_factor:  # the Trainer makes that loss itself
-        log0("note     --label_smoothing_factor holds all logits in memory: a smaller batch may be needed")  # 2 GB each
-    if made.use_liger_kernel:  # its layers are welcome, its loss would take the place of ours
-        made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # left as they are
-    return made  # vetted
-
-def vet(args, plan):  # flags of the Trainer that would break a promise; plan: fields of TrainingArguments
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
         die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # off!
     die_if(plan.max_steps < 1 and plan.max_steps != -1,  # -1: not given
@@ -469,6 +448,22 @@ def vet(args, plan):  # flags of the Trainer that would break a promise; plan: f
     die_if(measure not in ("loss", "perplexity"), f"--metric_for_best_model {measure}: choose loss or perplexity")  # all
     if measure == "perplexity" and plan.greater_is_better is None:  # the Trainer knows only losses by name
         plan.greater_is_better = False  # it would load the worst model
+    if not args.evaluate_only:  # checkpoints in output_dir are out of the Trainer's reach, also for deletion
+        plan.output_dir = join(args.output_dir, ".staging")  # on_save() publishes what is whole
+    try:  # TrainingArguments check combinations of their own
+        made = transformers.TrainingArguments(**vars(plan))  # from here on the device is known
+    except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # each for some flag
+        die(f"the Trainer does not accept these flags: {one_line(error)}")  # its own words
+    if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
+        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses several")  # a rank each
+        made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses which
+    for flag in INEXACT.intersection(args.given):  # allowed: some data is too large to skip
+        log0(f"note     {flag}: a stopped run may go on with other data than it would have had")  # and other weights
+    if made.label_smoothing_factor:  # the Trainer makes that loss itself
+        log0("note     --label_smoothing_factor holds all logits in memory: a smaller batch may be needed")  # 2 GB each
+    if made.use_liger_kernel:  # its layers are welcome, its loss would take the place of ours
+        made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # left as they are
+    return made  # vetted
 
 def check_plan(args, training_args, ranks):  # where there are several processes
     """End all ranks unless all machines have the same flags and versions, and see the same output_dir."""
@@ -487,12 +482,12 @@ def check_plan(args, training_args, ranks):  # where there are several processes
     until = time.time() + 10  # network storage may take seconds to show it
     while not exists(path) and time.time() < until:  # usually at once
         time.sleep(0.5)  # then it is asked again
-    blind = [name for name, sees in ranks.gather((ranks.name, exists(path))) if not sees]  # all have looked
+    seen = ranks.gather((ranks.name, args.evaluate_only or exists(path)))  # --do_eval writes from rank 0 alone
     if ranks.rank == 0:  # whose file it is
         os.remove(path)  # the directory is as it was
-    if blind and not args.evaluate_only:  # each rank writes a part of every checkpoint
-        die(f"{blind[0]} does not see what rank 0 writes in --output_dir {args.output_dir}: "  # but its own directory
-            "it has to be on storage that all machines share", 2, SPEAKER)
+    for name in [name for name, sees in seen if not sees]:  # each rank writes a part of every checkpoint
+        die(f"{name} does not see what rank 0 writes in --output_dir {args.output_dir}: it has to be on "  # its own
+            "storage that all machines share", 2, SPEAKER)
 
 def run_settings(args, training_args):  # → {name: JSON value} of all flags that decide the weights a run ends with
     flags = vars(args) | training_args.to_dict()  # defaults included
@@ -592,7 +587,7 @@ def write_manifest(folder, run, progress):  # before anything in folder is renam
         json.dump(facts | {"sha256": seal_of(facts)}, file)  # on one line: it is for programs
     mask = os.umask(0o077)  # there is no way to read it without setting it
     os.umask(mask)  # as it was
-    for path in [join(folder, name) for name in os.listdir(folder)]:  # results and manifest as well
+    for path in glob(join(escape(folder), "*")):  # results and manifest as well
         os.chmod(path, 0o666 & ~mask)  # safetensors lets only the owner read
         fsync(path)  # 0.2 s for 500 MB
     fsync(folder)  # only now may anything be renamed
@@ -661,8 +656,9 @@ def refuse_other_run(args, run, resume):  # called for the flags, and again when
         die_if(other and abspath(path).startswith(join(abspath(run.output_dir), "")),  # it would be moved as well
                f"{path} lies in --output_dir {run.output_dir}, which is to be emptied: move it out first")
     if other and run.ranks.rank == 0:  # the others wait at the end of this phase
-        numbers = (number for number in range(1, 10**6) if not exists(join(run.output_dir, f"previous-{number}")))
-        aside = join(run.output_dir, f"previous-{next(numbers)}")  # the first free name
+        number = 1  # of the first free name
+        while exists(aside := join(run.output_dir, f"previous-{number}")):  # earlier ones may have been deleted
+            number += 1  # the next name
         old = [name for name in os.listdir(run.output_dir) if not name.startswith(("previous-", ".lock"))]  # all else
         os.makedirs(aside)  # empty so far
         for name in old:  # checkpoints, curves, results, model
@@ -704,18 +700,14 @@ def loading(flag, name, kind=""):  # models, and data sets with kind "datasets/"
     """End the run with a sentence on any error of the hub, of its cache or of a broken file."""
     try:  # the libraries raise a dozen kinds for a handful of reasons
         yield  # they come out of here
-    except Exception as error:  # often wrapped several times
-        words, kinds = "", ""  # all messages; the names of all classes, as some are private
-        while error and len(words) < 9000:  # from the outermost to the first one raised; chains may be circular
-            words += f"{one_line(error)} "  # some reasons stand only here
-            kinds += f"{[base.__name__ for base in type(error).__mro__]} "  # "GatedRepoError", "HTTPError"
-            error = error.__cause__ or error.__context__  # an explicit cause says more
-        hub = os.environ.get("HF_ENDPOINT", "https://huggingface.co")  # terms are accepted there
+    except Exception as error:  # often wrapped several times: kinds and messages of all are looked at
+        words = one_line(" ".join(traceback.format_exception(error, limit=0)))  # "…GatedRepoError: 401 …"
+        url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{kind}{name}"  # terms are accepted there
         for pattern, sentence in HUB_ERRORS.items():  # the first one that fits
-            if found := re.search(pattern, kinds + words):  # configurations, as the data set's card lists them
+            if found := re.search(pattern, words):  # configurations, as the data set's card lists them
                 configs = found.groupdict().get("configs", "").replace("'", "")  # "de, en"
-                die(f"{flag} {name} {sentence.format(url=f'{hub}/{kind}{name}', configs=configs)}")  # what to do
-        die(f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400].strip()}")  # as said
+                die(f"{flag} {name} {sentence.format(url=url, configs=configs)}")  # what to do
+        die(f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400]}")  # the libraries' own
 
 def load_tokenizer(name, max_seq_length):  # the first contact with the hub
     """Return the fast tokenizer of model `name`, whose context must hold max_seq_length. Raises: SystemExit(2)."""
@@ -911,7 +903,8 @@ def load_named_dataset(args, wanted):  # wanted: names of splits, of which the f
     saved = isfile(join(name, "state.json")) or isfile(join(name, "dataset_dict.json"))  # by Dataset.save_to_disk
     die_if(saved and config, f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")  # one
     with loading("--dataset_name", name, "datasets/"):  # unknown, gated, no network
-        loaded = datasets.load_from_disk(name) if saved else datasets.load_dataset(name, config, cache_dir=args.cache_dir)
+        load = datasets.load_from_disk if saved else datasets.load_dataset  # a Dataset, or a dictionary of them
+        loaded = load(name) if saved else load(name, config, cache_dir=args.cache_dir)  # from the hub, once
     loaded = loaded if isinstance(loaded, dict) else {"train": loaded}  # a single saved Dataset is training data
     die_if(wanted[0] not in loaded,  # no other split is taken in silence
            f"--dataset_name {name} has no {wanted[0]} split, only {', '.join(loaded)}: "
@@ -919,7 +912,8 @@ def load_named_dataset(args, wanted):  # wanted: names of splits, of which the f
     splits = {split: loaded[split] for split in wanted if split in loaded}  # never the test split
     for split, rows in splits.items():  # the same column is needed in each
         check_column(f"{name}, split {split}", args.text_column, rows.column_names)  # the usual first error
-        kind = getattr(rows.features[args.text_column], "dtype", "lists")  # "int64", "null"
+        kind = rows.features[args.text_column]  # its type
+        kind = getattr(kind, "dtype", type(kind).__name__)  # "int64", "null", "List"
         die_if(kind not in ("string", "large_string"),  # numbers, lists, nulls, pictures
                f"{name}, split {split}: column {args.text_column!r} holds {kind}, not text; choose with --text_column")
         splits[split] = rows.select_columns([args.text_column])  # the others are not read from the disk
@@ -1002,13 +996,14 @@ def read_csv(path):  # → (place, {column: str}); values in quotes may span lin
         die(f"{path}, line {rows.line_num}: broken CSV: {error}")  # "unexpected end of data": an open quote
 
 def read_json(path):  # → (place, value) of each line of JSON, or of each item of one JSON array
-    array = next((line for _, line in read_lines(path) if line.strip()), "").lstrip().startswith("[")  # else lines
-    whole = [(path, "".join(line for _, line in read_lines(path)))] if array else ()  # for gigabytes take lines
-    for place, part in whole or read_lines(path):  # each part is one JSON value
+    first = next((line for _, line in read_lines(path) if line.strip()), "")  # tells the two layouts apart
+    array = first.lstrip().startswith("[")  # parsed as a whole: for gigabytes take lines
+    text = "".join(line for _, line in read_lines(path) if array)  # "" for lines
+    for place, part in [(path, text)] if array else read_lines(path):  # each part is one JSON value
         try:  # without rstrip a fault at the end would be on the next line
             values = json.loads(part.rstrip() or "[]")  # one value; of an array, or a blank line, a list of values
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
-            place += f", line {getattr(error, 'lineno', 1)}" if array else ""  # counted from the start of the file
+            place += f", line {getattr(error, 'lineno', 1)}" * array  # counted from the start of the file
             die(f"{place}: broken JSON: {getattr(error, 'msg', error)}; "  # the parser's words
                 "the file must hold one object a line or one array of objects")
         for item, value in enumerate(values if array or not part.strip() else [values], 1):  # rows
@@ -1091,7 +1086,6 @@ def fingerprints(model, train, validation):  # what no flag says: SHA-256 of con
     return {name: digest.hexdigest()[:16] for name, digest in sums.items()}  # enough to see a difference
 
 # ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 PEAKS = {  # dense 16-bit TFLOP/s that the makers state; the first whole word of the device's name counts
     "H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "A40": 149.7,  # without sparsity
     "L40S": 362, "L4": 121, "V100": 125, "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155}  # an A4000 is no A40
@@ -1109,7 +1103,8 @@ def flops_per_token(config, parameters, length):  # config: of the model; parame
     config = config.get_text_config()  # of the text part of a model that also sees
     width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads) * config.num_attention_heads
     kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers  # 15 sliding, 3 full
-    seen = [min(length, config.sliding_window if "sliding" in kind else length) for kind in kinds]  # tokens back
+    windows = {"sliding_attention": config.sliding_window or length}  # 512 tokens; else all of them
+    seen = [min(length, windows.get(kind, length)) for kind in kinds]  # tokens that a layer looks back at most
     attention = sum(12 * width * (back - back * (back - 1) / 2 / length) for back in seen)  # the mean over positions
     lookup = (not config.tie_word_embeddings) * config.vocab_size * config.hidden_size  # weights that multiply nothing
     return 6 * (parameters - lookup) + attention  # 1.73e9 for Gemma 3 270M at 2,048
@@ -1136,9 +1131,6 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # its own 
         self.tail = torch.tensor(resume.progress.tail, dtype=torch.float64, device=self.args.device)  # two numbers
         self.bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)  # the first without a finite loss
         self.stopping = 0  # number of the signal that all ranks agree on, 0 for none
-        self.first = 0  # step that this call begins with
-        self.began = time.time()  # when it did
-        self.start_stopwatch()  # of the speed
         self.add_callback(self)  # behind the Trainer's own
 
     def on_train_begin(self, args, state, control, **_):  # everything is loaded, nothing trained
@@ -1198,7 +1190,8 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # its own 
             speed = (self.progress.tokens - self.shown) / max(time.time() - self.logged, 1e-9)  # of all processes
             pace = (time.time() - self.began) / max(step - self.first, 1)  # seconds a step, all included
             gpu = self.args.device.type == "cuda"  # then its memory is what matters
-            memory = torch.cuda.max_memory_allocated() if gpu else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes, the most so far
+            memory = torch.cuda.max_memory_allocated() if gpu else resident  # of this process
             logs |= {"loss": loss / tokens,  # a mean over tokens: a short step counts for less
                      "tokens_per_second": round(speed), "tokens_seen": self.progress.tokens,  # since the first step
                      "peak_memory_gb": round(memory / 1e9, 2),  # near the GPU's size it is time for the remedies
@@ -1289,24 +1282,20 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # the
     with trainer.accelerator.autocast():  # Flash Attention refuses the trial of eight tokens in float32
         if not use_chunked_loss(model, alone=args.world_size == 1 and not args.torch_compile):  # slower, and larger
             log0("note     this model has no plain head: its own loss is used, which holds all logits in memory")  # 2 GB
-    if "tensorboard" in args.report_to and args.process_index == 0:  # the others write nothing
-        use_one_curve(trainer, resume.progress)  # however often the run is stopped
-    return trainer  # ready to train or to evaluate
-
-def use_one_curve(trainer, past):  # past (Progress): where the run goes on from
-    """Let TensorBoard show one curve in output_dir/runs; the Trainer's own callback opens a folder for each call."""
+    # The Trainer's own callback would open a folder of curves for each call: this one shows one curve for the run.
     trainer.remove_callback(integration_utils.TensorBoardCallback)  # knows no purge_step
-    runs = os.environ["TENSORBOARD_LOGGING_DIR"] = join(trainer.run.output_dir, "runs")  # for every call
-    if not past.step or past.step < past.max_steps:  # else earlier calls have made and shown all steps
-        first = past.step + bool(past.step) if trainer.train_dataset else None  # --do_eval adds a point
-        writer = torch.utils.tensorboard.SummaryWriter(runs, purge_step=first)  # hides what is going to come again
+    runs = os.environ["TENSORBOARD_LOGGING_DIR"] = join(run.output_dir, "runs")  # for every call
+    step = resume.progress.step  # that earlier calls have made and shown
+    if "tensorboard" in args.report_to and args.process_index == 0 and (not step or step < resume.progress.max_steps):
+        purge = step + bool(step) if train else None  # hides what is going to come again; --do_eval adds a point
+        writer = torch.utils.tensorboard.SummaryWriter(runs, purge_step=purge)  # one folder
         trainer.add_callback(integration_utils.TensorBoardCallback(writer))  # each line at once
-        trainer.callback_handler.callbacks[-1]._SummaryWriter = None  # or the last evaluation would open a folder
+        trainer.callback_handler.callbacks[-1]._SummaryWriter = None  # or the last evaluation would open another one
         # The writer's thread ends with a traceback when the disk is full or gone: the next line says it in a sentence.
         threading.excepthook = lambda end: issubclass(end.exc_type, OSError) or threading.__excepthook__(end)  # only then
+    return trainer  # ready to train or to evaluate
 
 # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
 def print_plan(args, training_args, model, train, validation):  # read it before a night of training
     """Say in six lines what is about to happen, and in notes what of it is allowed, but seldom meant."""
     world = training_args.world_size  # processes
@@ -1316,9 +1305,10 @@ def print_plan(args, training_args, model, train, validation):  # read it before
     size = model.num_parameters()  # a tied head counts once
     data = [f"{name} {len(chunks):,} chunks = {len(chunks) * args.max_seq_length:,} tokens"  # that are used
             for name, chunks in (("train", train), ("validation", validation)) if chunks is not None]  # one or both
-    log0(f"model    {args.model_name_or_path}, {size:,} parameters in float32, {model.config._attn_implementation} "  # or
-         "attention", f"device   {training_args.device.type}, {world} process{'es' * (world > 1)}, {dtype}{mfu}",
-         f"data     {', '.join(data)}")  # how much
+    log0(f"model    {args.model_name_or_path}, {size:,} parameters in float32, "  # the masters
+         f"{model.config._attn_implementation} attention",
+         f"device   {training_args.device.type}, {world} process{'es' * (world > 1)}, {dtype}{mfu}",  # of all machines
+         f"data     {', '.join(data)}")  # what there is to learn, and to measure
     if train is not None:  # --do_eval has no plan of steps
         a_pass, used, epoch = epoch_of(len(train), training_args)  # chunks in a pass; of an epoch; its steps
         a_step = a_pass * args.gradient_accumulation_steps  # chunks in an optimizer step
@@ -1334,12 +1324,19 @@ def print_plan(args, training_args, model, train, validation):  # read it before
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "  # at its peak
              f"warm-up {warmup:,} steps")
         if warmup >= steps:  # the default of 500 suits long runs; the first step has the rate 0
-            reached = f"{(steps - 1) / warmup:.1%} of the learning rate"  # in its last step
-            log0(f"note     the run is shorter than its warm-up: it reaches only {reached}; lower --warmup_steps, to "
-                 f"{steps // 10} for example")
+            reached = f"it reaches only {(steps - 1) / warmup:.1%} of the learning rate"  # in its last step
+            reached = reached if steps > 1 else "its one step has the learning rate 0 and learns nothing"  # a trial
+            log0(f"note     the run is shorter than its warm-up: {reached}; "  # surely not meant
+                 f"lower --warmup_steps, to {steps // 10} for example")
         if used < a_step:  # a handful of texts and the default accumulation
             log0(f"note     all {used:,} chunks make less than one step of {a_step:,}: lower "  # more steps learn more
                  f"--gradient_accumulation_steps to {max(1, used // a_pass)} for a full one")
+        elif used % a_step:  # worth knowing when epochs are short
+            log0(f"note     the last step of each epoch has {used % a_step:,} of {a_step:,} chunks")  # fewer than usual
+        if used < len(train):  # others in the next epoch
+            log0(f"note     {len(train) - used:,} chunks are left out of each epoch: --dataloader_drop_last")  # as asked
+        elif used % a_pass and world > 1:  # all processes make as many forward passes
+            log0(f"note     {a_pass - used % a_pass:,} chunks are trained on twice an epoch, for equal shares")  # a few
         free = shutil.disk_usage(args.output_dir).free  # bytes
         needed = (args.save_total_limit + 1 - len(glob("checkpoint-*", root_dir=args.output_dir))) * 12 * size  # Adam's
         if free < needed:  # + 1: the oldest goes after the newest is there
@@ -1364,9 +1361,9 @@ def train_and_save(trainer, run, resume):  # the night: after a kill anywhere in
     trainer.model.config.use_cache = True  # generation wants its cache back
     trainer.save_model()  # model.safetensors, config.json, tokenizer
     if trainer.eval_dataset is not None:  # has it learnt, or memorized?
-        last = next((row for row in reversed(trainer.state.log_history) if "eval_loss" in row), {"step": None})  # of all
+        last = {"step": None} | dict(*[row for row in trainer.state.log_history if "eval_loss" in row][-1:])  # in training
         same = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end  # the same model
-        save_results(trainer, "eval", dict(last) if same else trainer.evaluate())  # loss and perplexity
+        save_results(trainer, "eval", last if same else trainer.evaluate())  # loss and perplexity
     save_results(trainer, "train", metrics)  # speed and loss of all calls
     if run.ranks.rank == 0:  # whose files these are
         trainer.state.save_to_json(join(staging, "trainer_state.json"))  # the log of the whole run
@@ -1402,8 +1399,9 @@ def main(args, signals):  # the table of contents
             raise args  # now the others hear of it
         training_args = make_training_arguments(args)  # from here on the device is known
         transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
-        versions = {"torch": torch.__version__, "transformers": transformers.__version__, "device": str(training_args.device.type)}
-        run = Run(run_settings(args, training_args), versions, args.resume_from_checkpoint, args.output_dir, ranks, signals)
+        versions = {name: version(name) for name in ("torch", "transformers")} | {"device": training_args.device.type}
+        settings = run_settings(args, training_args)  # by which a run is known again
+        run = Run(settings, versions, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # this one
         if ranks.rank == 0 and not args.evaluate_only:  # an evaluation writes no checkpoint
             run.lock = lock_output_dir(args.output_dir)  # until this process ends
     if ranks.size > 1:  # before any work
