@@ -3,7 +3,7 @@
     python benchmarks/loss.py [--tokens 2048] [--rounds 3] [--memory 0.27 0.54 1.08] [--only ours torch-none]
 
     plain         all logits at once, as transformers does
-    ours          main.py's token_losses: gradients made beside the loss, chunk by chunk
+    ours          main.py's ChunkedLoss: gradients made beside the loss, chunk by chunk
     torch-none    torch.nn.functional.linear_cross_entropy (torch 2.13 or newer), each loss returned, summed in float32
     torch-sum     the same, summed inside, in the dtype of its inputs
     torch-auto    the same with its own choice of rows, which follows V/H
@@ -72,7 +72,7 @@ def measure(name, tokens, gigabytes):
     hidden = torch.randn(tokens, WIDTH, device=device, requires_grad=True)
     weight = torch.randn(WORDS, WIDTH, device=device).mul_(0.1).requires_grad_()  # in place: 0.67 GB, not twice that
     labels = torch.randint(WORDS, (tokens,), device=device)
-    main.LOSS_SIZES[device] = (gigabytes * 1e9, *main.LOSS_SIZES[device][1:])
+    main.LOGITS_BYTES[device] = gigabytes * 1e9
 
     def peak():  # bytes
         return torch.cuda.max_memory_allocated() if device == "cuda" else getrusage(RUSAGE_SELF).ru_maxrss * 1024
@@ -85,16 +85,10 @@ def measure(name, tokens, gigabytes):
         before = perf_counter()
         with torch.autocast(device, torch.bfloat16):
             if name == "ours":
-                losses, *gradients = main.token_losses(hidden, weight, labels, None, True)
-                loss = losses.sum()
+                loss, _ = main.ChunkedLoss.apply(hidden, weight, labels, True)
             else:
                 loss = loss_of(name, hidden, weight, labels, rows_of(name, tokens, gigabytes))
-        if name == "ours":  # the backward pass of main.py's ChunkedLoss
-            above = torch.ones((), device=device)
-            hidden.grad, weight.grad = (gradient.mul_(above.to(gradient.dtype)) for gradient in gradients)
-            del gradients  # as the others hold none
-        else:
-            loss.backward()
+        loss.backward()
         mean = loss.item() / tokens  # waits for the device
         seconds = perf_counter() - before
     print(seconds, (peak() - start) / 1e9, mean)

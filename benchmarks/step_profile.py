@@ -64,7 +64,7 @@ def profile(argv, args):
     import main as trainer
 
     gpu = torch.cuda.is_available()
-    HEAD.add(trainer.LOSS_SIZES["cuda" if gpu else "cpu"][2])
+    HEAD.add(trainer.VOCABULARY_PART)
     if args.batch * args.length in HEAD:
         sys.exit(f"{args.batch} x {args.length} tokens cannot be told from as many words: choose another --length")
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu
@@ -84,7 +84,7 @@ def profile(argv, args):
         return made
 
     trainer.make_trainer = make_trainer
-    trainer.main(argv)
+    trainer.main(trainer.parse_args(argv), trainer.Signals())
     times = {}
     for event in seen[0]:
         if event.device_type != DeviceType.CPU:  # a kernel by itself

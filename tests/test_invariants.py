@@ -148,7 +148,7 @@ def make_trainer(*parts):
     trainer.data_collator = note
     return trainer
 main.make_trainer = make_trainer
-main.main(sys.argv[2:])
+main.main(main.parse_args(sys.argv[2:]), main.Signals())
 print(json.dumps([hash(chunk) for chunk in seen]))
 """
 
@@ -181,18 +181,13 @@ ODD = {  # flags → words of the note
     "--train_sampling_strategy group_by_length": ("--train_sampling_strategy: a stopped run may",),
     "--dataloader_num_workers 1 --dataloader_persistent_workers": ("--dataloader_persistent_workers: a stopped run",),
     '--accelerator_config {"use_seedable_sampler":false}': ("--accelerator_config: a stopped run may",),
-    "--learning_rate 0.1": ("--learning_rate 0.1 is unusual", "1e-5 to 1e-4"),
-    "--learning_rate 1e-9": ("--learning_rate 1e-09 is unusual",),
-    "--eval_steps 5": ("--eval_steps has no effect without validation data",),
 }
 
 
 @pytest.mark.parametrize("flags", ODD)
 def test_an_odd_plan_is_said_before_the_first_step(flags, base, tmp_path):
-    """F11, F14, F19: a note, and the run goes on."""
-    at = base.index("--validation_file")
-    words = [*base[:at], *base[at + 2 :]] if "eval" in flags else base
-    done = run(*words, "--max_steps", 3, *flags.split(), "--output_dir", tmp_path / "out")
+    """F11, F14: a note, and the run goes on."""
+    done = run(*base, "--max_steps", 3, *flags.split(), "--output_dir", tmp_path / "out")
     assert done.status == 0, done.err
     notes = " ".join(re.findall(r"^note +(.*)$", done.out.partition("'loss'")[0], re.M))
     assert [word for word in ODD[flags] if word not in notes] == [], done.out
@@ -206,8 +201,8 @@ def test_an_ordinary_plan_has_no_notes(flags, base, tmp_path):
 
 
 NAMES = {"NVIDIA A40": 149.7, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
-         "NVIDIA GH200 480GB": 989, "NVIDIA L40S": 362, "NVIDIA GeForce RTX 4090": 165, "NVIDIA RTX A4000": None,
-         "NVIDIA RTX A1000": None, "NVIDIA L40": None}  # fmt: skip
+         "NVIDIA GH200 480GB": 989, "NVIDIA L40S": 362, "NVIDIA GeForce RTX 4090": 165, "NVIDIA RTX A4000": 0,
+         "NVIDIA RTX A1000": 0, "NVIDIA L40": 0}  # fmt: skip
 
 
 def test_a_peak_is_that_of_the_device_of_exactly_this_name():
@@ -223,4 +218,4 @@ def test_a_peak_is_that_of_the_device_of_exactly_this_name():
             found[name] = main.peak_flops(told)
         return found
 
-    assert in_child(peaks) == {name: peak and pytest.approx(2e12 * peak) for name, peak in NAMES.items()}
+    assert in_child(peaks) == {name: pytest.approx(2e12 * peak) for name, peak in NAMES.items()}

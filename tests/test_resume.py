@@ -47,7 +47,7 @@ def whole(flags, tmp_path_factory):
 
 
 def evaluations(output):
-    return events(output / "runs")["eval/loss"]
+    return events(output / "runs").get("eval/loss", [])
 
 
 def history(output, step=None):
@@ -56,25 +56,81 @@ def history(output, step=None):
     return [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
 
 
-@pytest.mark.slow
-def test_a_signal_ends_an_evaluation_and_the_next_call_makes_it(flags, whole, tmp_path):
-    """B9, B10: 143 at once, a checkpoint, and in the end the same weights and the same evaluations, each once."""
-    output = tmp_path / "out"
-    argv = [str(word) for word in [sys.executable, ROOT / "main.py", *flags, "--output_dir", output]]
-    for step in (2, 6, 12):  # within an epoch, at its end, and behind the last step
-        with open(tmp_path / f"log{step}", "w") as log:
-            process = subprocess.Popen(argv, stdout=log, stderr=log)
-        while not (output / "runs").exists() or "train/loss" not in events(output / "runs") or (
-                step not in [row[0] for row in events(output / "runs")["train/loss"]]):  # fmt: skip
-            assert process.poll() is None
+@pytest.fixture(scope="module")
+def long(flags, tmp_path_factory):
+    """The same with evaluations of a second or so, at steps 6 and 12. Returns: (argv, output_dir of a whole run)."""
+    import pydoc_data.topics
+
+    folder = tmp_path_factory.mktemp("long")
+    text = write_jsonl(folder / "long.jsonl", [pydoc_data.topics.topics[name] for name in ("if", "for", "class") * 9])
+    argv = [*flags, "--validation_file", text, "--eval_steps", 6]
+    finish(*argv, "--output_dir", folder / "out")
+    return argv, folder / "out"
+
+
+class Call:
+    """The same command once more, as a process of its own that writes into a log."""
+
+    def __init__(self, argv, output):
+        self.output, self.log = output, output.parent / f"{output.name}.log"
+        words = [str(word) for word in [sys.executable, ROOT / "main.py", *argv, "--output_dir", output]]
+        self.process = subprocess.Popen(words, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
+
+    def wait_for(self, seen):
+        """Wait until seen(events so far, text of the log) is true."""
+        while not seen(events(self.output / "runs") if (self.output / "runs").exists() else {}, self.log.read_text()):
+            assert self.process.poll() is None, self.log.read_text()
             time.sleep(0.02)
-        process.send_signal(signal.SIGTERM)
-        process.wait()
-        said = (tmp_path / f"log{step}").read_text()
-        assert process.returncode == 143 and "the same command again goes on" in said, said
-    finish(*flags, "--output_dir", output)
-    assert in_child(same_weights, whole, output)
-    assert evaluations(output) == evaluations(whole) and history(output) == history(whole)
+
+    def wait_for_evaluation(self, step):
+        """Wait until it evaluates behind a step: the line of the step is there, the value is not."""
+        self.wait_for(lambda seen, _: step in dict(seen.get("train/loss", [])))
+        assert step not in dict(events(self.output / "runs").get("eval/loss", []))
+
+    def ended(self):
+        """Wait for its end. Returns: (status, its one sentence)."""
+        status, said = self.process.wait(), self.log.read_text()
+        assert "Traceback" not in said and said.count("main.py: error: ") == 1, said
+        return status, said.partition("main.py: error: ")[2]
+
+
+@pytest.mark.slow
+def test_a_signal_in_an_evaluation_waits_for_its_end(long, tmp_path):
+    """B9, B10: 143 behind the next step, or the last; the evaluation is whole, and once in log and curve."""
+    argv, expected = long
+    output = tmp_path / "out"
+    for step, words in ((6, f"at step 7 of 12; saved {output}/checkpoint-7;"), (12, "SIGTERM after the last step;")):
+        call = Call(argv, output)
+        call.wait_for_evaluation(step)
+        call.process.send_signal(signal.SIGTERM)
+        status, sentence = call.ended()
+        assert status == 143 and words in sentence and "the same command again goes on" in sentence, sentence
+        assert "Stopping: a checkpoint is saved" in call.log.read_text() and not (output / "manifest.json").exists()
+        assert evaluations(output) == [point for point in evaluations(expected) if point[0] <= step]
+    finish(*argv, "--output_dir", output)
+    assert in_child(same_weights, expected, output)
+    assert evaluations(output) == evaluations(expected) and history(output) == history(expected)
+
+
+@pytest.mark.slow
+def test_a_second_signal_in_an_evaluation_ends_it_at_once(long, tmp_path):
+    """B10: 3 seconds after the first one, which the evaluation has not let through; nothing is lost but its time."""
+    argv, expected = long
+    output = tmp_path / "out"
+    call = Call(argv, output)
+    call.wait_for_evaluation(6)
+    call.process.send_signal(signal.SIGTERM)
+    call.wait_for(lambda _, said: "Stopping: a checkpoint is saved" in said)
+    call.process.send_signal(signal.SIGSTOP)  # three seconds pass, the evaluation does not
+    time.sleep(3.2)
+    call.process.send_signal(signal.SIGTERM)
+    call.process.send_signal(signal.SIGCONT)
+    status, sentence = call.ended()
+    assert status == 143 and sentence.startswith("stopped by SIGTERM; the same command again goes on"), sentence
+    assert not (output / "checkpoint-6").exists() and evaluations(output) == []
+    finish(*argv, "--output_dir", output)
+    assert in_child(same_weights, expected, output)
+    assert evaluations(output) == evaluations(expected) and history(output) == history(expected)
 
 
 @pytest.mark.slow
@@ -162,20 +218,20 @@ def test_dropping_the_last_batch_leaves_the_evaluation_whole(flags, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_ends_the_evaluation_before_the_first_step(flags, whole, tmp_path):
-    """B9, B10, F24: --eval_on_start, of which nothing can be saved; the same command starts again."""
+def test_a_signal_in_the_evaluation_before_the_first_step(long, tmp_path):
+    """B9, B10, F24: --eval_on_start is whole and made once; the run ends behind its first step and goes on from it."""
+    argv, expected = long
     output = tmp_path / "out"
-    argv = [str(word) for word in [*flags, "--eval_on_start", "--output_dir", output]]
-    log = open(tmp_path / "log", "w+")
-    process = subprocess.Popen([sys.executable, ROOT / "main.py", *argv], stdout=log, stderr=log)
-    while "output   " not in (tmp_path / "log").read_text():
-        assert process.poll() is None
-        time.sleep(0.01)
-    process.send_signal(signal.SIGTERM)
-    assert process.wait() == 143 and "the same command again goes on" in (tmp_path / "log").read_text()
-    assert "Traceback" not in (tmp_path / "log").read_text() and not list(output.glob("checkpoint-*"))
-    finish(*argv)
-    assert in_child(same_weights, whole, output) and evaluations(output)[0][0] == 0
+    argv = [*argv, "--eval_on_start"]
+    call = Call(argv, output)
+    call.wait_for(lambda _, said: "0/12 [" in said and said.count("it/s]") > 1)  # a second bar moves: evaluation
+    call.process.send_signal(signal.SIGTERM)
+    status, sentence = call.ended()
+    assert status == 143 and f"at step 1 of 12; saved {output}/checkpoint-1;" in sentence, sentence
+    assert [step for step, _ in evaluations(output)] == [0]
+    finish(*argv, "--output_dir", output)
+    assert in_child(same_weights, expected, output)
+    assert [step for step, _ in evaluations(output)] == [0, 6, 12] and evaluations(output)[1:] == evaluations(expected)
 
 
 def test_going_back_to_an_older_checkpoint(flags, whole, tmp_path):
@@ -195,21 +251,36 @@ def test_going_back_to_an_older_checkpoint(flags, whole, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_kill_after_a_deferred_evaluation_shows_it_once(flags, whole, tmp_path):
-    """B10, B11: SIGTERM in an evaluation, then kill -9 after the next call has made it: each point once."""
+def test_a_kill_in_an_evaluation_shows_it_once(long, tmp_path):
+    """B10, B11: kill -9 in it, SIGTERM when the next call makes it again, kill -9 behind that: each point once."""
+    argv, expected = long
     output = tmp_path / "out"
-    argv = [str(word) for word in [sys.executable, ROOT / "main.py", *flags, "--output_dir", output]]
-    for tag, number in (("train/loss", signal.SIGTERM), ("eval/loss", signal.SIGKILL)):
-        process = subprocess.Popen(argv, stdout=-3, stderr=-3)
-        while not (output / "runs").exists() or 6 not in [row[0] for row in events(output / "runs").get(tag, [])]:
-            assert process.poll() is None
-            time.sleep(0.01)
-        process.send_signal(number)
-        process.wait()
-    finish(*flags, "--output_dir", output)
-    assert evaluations(output) == evaluations(whole) and history(output) == history(whole)
-    assert events(output / "runs")["train/loss"] == events(whole / "runs")["train/loss"]
-    assert in_child(same_weights, whole, output)
+    for step, number in ((6, signal.SIGKILL), (6, signal.SIGTERM), (12, signal.SIGKILL)):
+        call = Call(argv, output)
+        call.wait_for_evaluation(step)
+        call.process.send_signal(number)
+        call.process.wait()
+    finish(*argv, "--output_dir", output)
+    assert evaluations(output) == evaluations(expected) and history(output) == history(expected)
+    assert events(output / "runs")["train/loss"] == events(expected / "runs")["train/loss"]
+    assert in_child(same_weights, expected, output)
+
+
+@pytest.mark.parametrize("where", ["out", "link"])
+def test_the_chosen_checkpoint_and_its_best_one_outlive_the_limit(where, flags, tmp_path):
+    """B10, F20, F22: however --output_dir is written; the same command goes on from it as often as it is killed."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "link").symlink_to("out")
+    argv = [*flags, *BEST, "--save_total_limit", 1, "--output_dir", where]
+    done = run(*argv, "--save_total_limit", 9, cwd=tmp_path)
+    assert done.status == 0, done.err
+    argv += ["--resume_from_checkpoint", f"{where}/checkpoint-4"]
+    for _ in range(2):
+        (tmp_path / "out" / "manifest.json").unlink()
+        done = run(*argv, cwd=tmp_path)
+        assert done.status == 0, done.err
+        kept = {path.name for path in (tmp_path / "out").glob("checkpoint-*")}
+        assert kept == {"checkpoint-2", "checkpoint-4", "checkpoint-12"}, kept
 
 
 @pytest.mark.slow

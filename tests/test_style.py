@@ -1,5 +1,6 @@
 """The files themselves: comments, required files, what the repository says about itself."""
 
+import ast
 import io
 import re
 import shutil
@@ -12,20 +13,48 @@ import pytest
 from conftest import ROOT
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.sh"))
+PROGRAMS = ["main.py", *sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))]
+LONG = {"parse_args"}  # one line a flag
+CHOICES = (ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def bare_lines(source):
-    """Numbers of the lines of Python code that carry no comment; docstrings and closing brackets need none."""
+    """Numbers of the lines of Python code that carry no comment; docstrings, strings that go on, brackets need none."""
     code, noted = {}, set()
     skip = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type == tokenize.COMMENT:
             noted.add(token.start[0])
-        elif token.type not in skip and not token.string.startswith(('"""', "'''")):
+        elif token.type not in skip:
             for number in range(token.start[0], token.end[0] + 1):
                 code.setdefault(number, []).append(token.string)
+    free = re.compile(r"[)\]},]|[rbfRBF]{0,2}['\"].*", re.DOTALL)
     return [number for number, parts in sorted(code.items())
-            if number not in noted and not all(part in ")]}," for part in parts)]  # fmt: skip
+            if number not in noted and not all(free.fullmatch(part) for part in parts)]  # fmt: skip
+
+
+def functions(source):
+    return [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+
+
+def inside(functions, kinds):
+    """The nodes of some kinds that stand inside functions."""
+    return [node for function in functions for node in ast.walk(function) if isinstance(node, kinds)]
+
+
+def choices(source):
+    """{line: conditional expressions and comprehensions} of each statement that has more than one."""
+    found = {}
+    for statement in [node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.stmt)]:
+        todo, count = list(ast.iter_child_nodes(statement)), 0
+        while todo:
+            node = todo.pop()
+            if not isinstance(node, ast.stmt | ast.ExceptHandler):
+                count += isinstance(node, CHOICES)
+                todo += ast.iter_child_nodes(node)
+        if count > 1:
+            found[statement.lineno] = count
+    return found
 
 
 def bare_shell_lines(source):
@@ -44,16 +73,30 @@ def bare_shell_lines(source):
     return bare
 
 
-def python_parts(source):
-    """The Python programs that a shell script carries: its here-documents that end with PYTHON."""
-    return re.findall(r"<<'PYTHON'.*?\n(.*?)^PYTHON$", source, re.DOTALL | re.MULTILINE)
-
-
-def test_every_line_of_the_trainer_carries_a_comment():
-    """The rule of style: a comment behind every line of code, none over 120 columns."""
-    source = (ROOT / "main.py").read_text()
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_every_line_of_the_programs_carries_a_comment(name):
+    """The rule of style: a comment behind every line of code, none over 120 columns, none cut in two."""
+    source = (ROOT / name).read_text()
     assert bare_lines(source) == []
     assert max(map(len, source.splitlines())) <= 120
+    assert not re.findall(r"# …|# .*…$", source, re.M)
+
+
+def test_the_trainer_is_read_in_a_sitting():
+    """Limits of lines, wide lines, functions; no class and hardly an import in a function; one choice a statement."""
+    source = (ROOT / "main.py").read_text()
+    lines, known = source.splitlines(), functions(source)
+    assert len(lines) <= 1500
+    assert sum(len(line) > 110 for line in lines) < 150
+    assert [node.name for node in inside(known, ast.ClassDef)] == []
+    imports = [lines[node.lineno - 1] for node in inside(known, ast.Import | ast.ImportFrom)]
+    assert len(imports) <= 5 and all("# " in line for line in imports)
+    long = {node.name for node in known if node.end_lineno - node.lineno >= 80}
+    assert long <= LONG
+    assert choices(source) == {}
+    pairs = [node.lineno for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Assign)
+             and isinstance(node.value, ast.Tuple) and isinstance(node.targets[0], ast.Tuple)]  # fmt: skip
+    assert pairs == []
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
@@ -61,23 +104,39 @@ def test_every_line_of_the_shell_scripts_carries_a_comment(name):
     """The rule of style, for the scripts around the trainer and the Python programs in them."""
     source = (ROOT / name).read_text()
     assert bare_shell_lines(source) == []
-    assert [bare_lines(part) for part in python_parts(source)] == [[]] * source.count("<<'PYTHON'")
+    parts = re.findall(r"<<'PYTHON'.*?\n(.*?)^PYTHON$", source, re.DOTALL | re.MULTILINE)
+    assert [bare_lines(part) for part in parts] == [[]] * source.count("<<'PYTHON'")
     assert max(map(len, source.splitlines())) <= 120
 
 
-def test_the_comment_checks_find_a_bare_line():
-    """The two checks above can fail."""
-    assert bare_lines('x = 1  # why\ny = f(  # call\n    2,\n)\n"""text"""\n') == [3]
+def test_the_style_checks_find_what_they_look_for():
+    """The checks above can fail."""
+    assert bare_lines('x = 1  # why\ny = f(  # call\n    2,\n    "text"\n)\n"""text"""\n@f\n') == [3, 7]
     assert bare_shell_lines("a=1  # why\nb=2\ncat <<END  # text\nfree\nEND\nif x; then  # why\nfi\n") == [2]
-    assert [bare_lines(part) for part in python_parts("a <<'PYTHON'  # why\nx = 1\nPYTHON\n")] == [[1]]
+    assert choices("x = [a if b else c for a in d]\nif [a for a in b]:\n    x = [a for a in b]\n") == {1: 2}
+    nested = functions("def f():\n    import os\n    class A:\n        pass\n")
+    assert len(inside(nested, ast.ClassDef)) == len(inside(nested, ast.Import)) == 1
+
+
+def tracked():
+    """Names of the files in the repository, or a skip where that cannot be told."""
+    if not shutil.which("git") or subprocess.run(["git", "-C", ROOT, "rev-parse"], capture_output=True).returncode:
+        pytest.skip("no git, or no checkout")
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True)
+    return [name for name in listed.stdout.split("\0") if name]
+
+
+def test_no_binary_is_committed():
+    """S1 to S10: no wheel, no tool's leftovers: all files are text, but for pictures in docs/."""
+    binaries = [name for name in tracked() if not re.fullmatch(r"docs/.*\.png", name)
+                and (ROOT / name).is_file() and b"\0" in (ROOT / name).read_bytes()]  # fmt: skip
+    odd = [name for name in tracked() if re.search(r"\.(whl|so|o|pt|bin|safetensors|gguf|zip|gz|arrow|pyc)$", name)]
+    assert "main.py" in tracked() and binaries == odd == []
 
 
 def test_no_environment_is_committed():
     """S1 to S10: .venv, a directory or a link to one, belongs to a machine and not to the repository."""
-    if not shutil.which("git") or subprocess.run(["git", "-C", ROOT, "rev-parse"], capture_output=True).returncode:
-        pytest.skip("no git, or no checkout")
-    files = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split()
-    assert "main.py" in files and not [name for name in files if name.startswith(".venv")]
+    assert not [name for name in tracked() if name.startswith(".venv")]
 
 
 def test_required_files_are_there():

@@ -365,6 +365,44 @@ def test_no_validation_data_no_evaluation(tiny, tmp_path, texts):
     assert not (tmp_path / "out" / "runs").exists()
 
 
+@pytest.mark.parametrize("every", [[], ["--logging_steps", 3]], ids=["shorter than it", "cut short"])
+def test_the_last_steps_are_logged_as_well(every, tiny, tmp_path, texts):
+    """F17: --logging_steps may be more than all steps, or no divisor of them; the last line is a mean of the rest."""
+    output, each = tmp_path / "out", tmp_path / "each"
+    for place, more in ((output, every), (each, ["--logging_steps", 1])):
+        done = run(*command(tiny, texts, place, "--max_steps", 5, *more))
+        assert done.status == 0, done.err
+        assert re.search(r"'loss': .*'epoch'", done.out), done.out
+    rows, single = ([row for row in logged(place) if "loss" in row] for place in (output, each))
+    ends = [3, 5] if every else [5]
+    assert [row["step"] for row in rows] == ends and [row["step"] for row in single] == [1, 2, 3, 4, 5]
+    seen = [0, *(row["tokens_seen"] for row in single)]  # the last step of an epoch has fewer
+    sums = [row["loss"] * (seen[step + 1] - seen[step]) for step, row in enumerate(single)]
+    means = [sum(sums[a:b]) / (seen[b] - seen[a]) for a, b in zip([0, *ends], ends, strict=False)]
+    assert [row["loss"] for row in rows] == pytest.approx(means, rel=1e-5)
+
+
+def test_a_model_with_a_softcap_trains_with_its_own_loss(tiny, tmp_path, texts):
+    """F17, B9: as Gemma 2's; it is said, and both losses are those of plain transformers."""
+
+    def cap(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 0.2}))
+
+    model = variant(tiny, tmp_path / "model", cap)
+    done = run(*command(model, texts, tmp_path / "out", "--max_train_samples", 8, "--max_steps", 1,
+                        "--gradient_accumulation_steps", 2))  # fmt: skip
+    assert done.status == 0 and "its own loss is used, which holds all logits" in done.out, done.err
+    losses = [in_child(plain_loss, place, chunks) for place, chunks in (
+        (model, in_child(chunks_of, model, texts[0], 64)[:8]),
+        (tiny, in_child(chunks_of, model, texts[0], 64)[:8]),
+        (tmp_path / "out", in_child(chunks_of, model, texts[1], 64)))]  # fmt: skip
+    assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(losses[0], rel=1e-4)
+    assert abs(losses[1] / losses[0] - 1) > 1e-3  # without the softcap it would be another number
+    results = json.loads((tmp_path / "out" / "eval_results.json").read_text())
+    assert results["eval_loss"] == pytest.approx(losses[2], rel=1e-4)
+
+
 def test_a_run_shorter_than_its_warm_up_gets_a_notice(tiny, tmp_path, texts):
     """F14: the default of 500 steps on a short run."""
     argv = command(tiny, texts, tmp_path / "out", "--max_steps", 5)

@@ -330,7 +330,7 @@ def test_overwrite_output_dir_moves_the_old_run_aside(stopped):
 def test_a_second_run_in_the_same_directory_is_refused(stopped):
     """B10: with host and process of the first; the lock of a dead one does not matter."""
     argv, output, _ = stopped
-    code = "import sys, time, main; lock = main.claim(sys.argv[1]); print('held', flush=True); time.sleep(600)"
+    code = "import sys, time, main; lock = main.lock_output_dir(sys.argv[1]); print('held', flush=True); time.sleep(99)"
     holder = subprocess.Popen([sys.executable, "-c", code, output], cwd=ROOT, stdout=subprocess.PIPE, text=True)
     assert holder.stdout.readline() == "held\n"
     done = run(*argv)
