@@ -39,7 +39,7 @@ from dataclasses import asdict, dataclass, field, replace  # state whose fields 
 from datetime import timedelta  # how torch takes a timeout
 from glob import escape, glob  # expands "data/*.jsonl" where the shell did not
 from importlib.metadata import version  # a package's version, without importing it
-from os.path import abspath, basename, dirname, exists, getsize, isdir, isfile, join, realpath  # paths of files
+from os.path import abspath, basename, dirname, exists, getsize, isdir, isfile, join, realpath  # paths
 
 MODEL_ALIASES = {"google/gemma-270m": "google/gemma-3-270m"}  # the short name → the published one
 WIKITEXT = "Salesforce/wikitext"  # the one data set whose configuration is chosen here
@@ -81,7 +81,7 @@ def die_if(wrong, sentence):  # wrong: any value; what is true or not empty ends
 
 @contextlib.contextmanager  # for with statements
 def reported():  # stands around the command line, and around main()
-    """Print the sentence of die(), unless another rank speaks for this machine, and leave it for the launcher."""
+    """Print the sentence of die(), unless another rank speaks here, and leave it for the launcher."""
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
     except SystemExit as end:  # from die(), or from --help, which has no sentence
@@ -101,8 +101,7 @@ def bounded(kind, low, above=False):  # a type for argparse: a finite int or flo
     def read(text):  # argparse passes the text behind a flag
         value = kind(text)  # ValueError becomes "invalid whole number value: '1e-3'"
         if not low <= value < math.inf or (above and value == low):  # nan fails every comparison
-            raise argparse.ArgumentTypeError(  # argparse puts the flag in front of the sentence
-                f"{text} must be {'above' if above else 'at least'} {low}")
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # of a flag
         return value  # what args will hold
     read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse puts this name into its sentence
     return read  # argparse calls read() on each value
@@ -171,8 +170,7 @@ def parse_args(argv=None):  # all that the user decides
     add("--resume_from_checkpoint", **path, help="go on from this one, not the newest")  # from any output_dir
     add = parser.add_argument_group("misc").add_argument  # processes, repeatability, what to do
     add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # then the run ends
-    add("--ddp_backend", choices=("nccl", "gloo"),  # what sums the gradients of all processes
-        help="between processes; unset: nccl, on CPUs gloo")  # gloo works on GPUs, too
+    add("--ddp_backend", choices=("nccl", "gloo"), help="sums gradients; unset: nccl, on CPUs gloo")  # of all ranks
     add("--seed", type=bounded(int, 0), default=42, help="of the order of chunks and of new weights")  # and of dropout
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # a name from run_clm.py
     add("--do_eval", **switch, help="given alone: only evaluate the model on the validation data")  # and no training
@@ -182,10 +180,11 @@ def parse_args(argv=None):  # all that the user decides
     args, args.trainer_argv = parser.parse_known_args(words)  # left over: the Trainer's, or a slip
     known = [f"--{name}" for name in [*vars(args), *trainer_flags()]]  # args holds every flag of ours
     args.given = [word.partition("=")[0] for word in words if word.startswith("--")]  # "--seed=1" → "--seed"
-    for flag in args.given:  # before heavy imports; the Trainer's switches have a --no_ form, too
-        die_if(flag not in known and flag.replace("--no_", "--") not in known,  # misspelt, or shortened
+    for flag in args.given:  # before the heavy imports
+        bare = flag.replace("--no_", "--")  # the Trainer's switches have a --no_ form, too
+        die_if(flag not in known and bare not in known,  # misspelt, or shortened
                f"unknown flag {flag}{did_you_mean(flag, known)}; see python main.py --help")
-        die_if(flag in REFUSED, f"{flag} {REFUSED.get(flag)}: leave it out")  # this model needs no such flag
+        die_if(bare in REFUSED, f"{flag} {REFUSED.get(bare)}: leave it out")  # it would break a promise: see REFUSED
     check_args(args)  # combinations and paths; may end the run
     return args  # sound, as far as can be told without torch
 
@@ -199,7 +198,7 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     args.validation_file = expand_files("--validation_file", args.validation_file)  # [] without the flag
     args.resume_from_checkpoint = args.resume_from_checkpoint and realpath(args.resume_from_checkpoint)  # free of links
     output = args.output_dir  # may not exist yet
-    run = [mark for mark in ("manifest.json", "checkpoint-[0-9]*") if glob(mark, root_dir=output)]  # left by a training
+    run = [mark for mark in (".lock", "manifest.json", "checkpoint-[0-9]*") if glob(mark, root_dir=output)]  # of a run
     die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
     die_if(args.use_flash_attention and not importlib.util.find_spec("flash_attn"),  # the package is missing
            "--use_flash_attention needs a package: pip install flash-attn --no-build-isolation")
@@ -219,7 +218,7 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
            f"--output_dir {output} holds a training run: choose another for --do_eval")
     die_if(args.resume_from_checkpoint and args.overwrite_output_dir,  # one goes on, the other begins anew
            "--resume_from_checkpoint and --overwrite_output_dir exclude each other: leave one out")
-    die_if(args.resume_from_checkpoint and not isfile(join(args.resume_from_checkpoint, "optimizer.pt")),  # a model?
+    die_if(args.resume_from_checkpoint and not isfile(join(args.resume_from_checkpoint, "optimizer.pt")),  # a model
            f"--resume_from_checkpoint {args.resume_from_checkpoint}: not a checkpoint, it has no optimizer.pt")
     die_if(isdir(model) and not isfile(join(model, "config.json")),  # most often a level too high
            f"--model_name_or_path {model}: the directory has no config.json; name a saved model")
@@ -244,7 +243,7 @@ def expand_files(flag, patterns):  # → absolute paths of existing, readable fi
     files = []  # in the order given: that of the text
     for pattern in patterns or []:  # None without the flag
         found = [pattern] if exists(pattern) else sorted(glob(pattern, recursive=True))  # in a fixed order
-        beside = glob(join(escape(dirname(pattern)), "*"))  # neighbours: one may be meant
+        beside = [] if found else glob(join(escape(dirname(pattern)), "*"))  # neighbours: one may be meant
         die_if(not found, f"{flag} {pattern}: no such file{did_you_mean(pattern, beside)}")  # a misspelt name
         for path in found:  # before six seconds of imports
             die_if(isdir(path), f"{flag} {path} is a directory: name files in it, or use --dataset_name")  # not a file
@@ -258,7 +257,7 @@ def expand_files(flag, patterns):  # → absolute paths of existing, readable fi
 
 # ── Signals ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 # SIGTERM comes from batch systems and launchers, SIGINT from Ctrl-C. Outside the training either ends the
-# run at once. In training it waits for the end of the step, where all ranks agree on it, save and stop.
+# run at once. In training it is kept until the end of the step, where all ranks agree on it, save and stop.
 
 class Signals:  # what has been received, and what becomes of it; kill -9 cannot be caught, and need not be
     def __init__(self):  # before the heavy imports, as a signal may come at any time
@@ -297,7 +296,8 @@ class Signals:  # what has been received, and what becomes of it; kill -9 cannot
         lost = number == signal.SIGKILL  # a failure: MAX_RETRIES tries again
         name = "the loss of a launcher" if lost else signal.Signals(number).name  # else SIGTERM or SIGINT
         status = 1 if lost else 128 + number  # 143 or 130, as shells report these signals
-        die(f"stopped by {name}{saved}; the same command again goes on", status, SPEAKER or not saved)  # or each speaks
+        speaks = SPEAKER or not saved  # outside the training the ranks do not stop together, and each speaks
+        die(f"stopped by {name}{saved}; the same command again goes on", status, speaks)  # see reported()
 
 # ── The answer, and behind it the imports ────────────────────────────────────────────────────────────────────────────
 if __name__ == "__main__":  # not where tests or worker processes import this file
@@ -310,22 +310,22 @@ if __name__ == "__main__":  # not where tests or worker processes import this fi
                 raise  # reported() prints the sentence
             ARGS = slip  # main() tells the other ranks first
 
-try:  # six seconds, for which nobody waits who has mistyped a flag
-    import accelerate  # the Trainer's layer for ranks and devices
-    import datasets  # Arrow files, memory-mapped: data may be larger than memory
-    import numpy as np  # arrays of ids, cut into chunks
-    import psutil  # addresses of network interfaces
-    import pyarrow as pa  # Arrow, the file format of the cache
-    import pyarrow.compute as pc  # counts and cuts lists without Python objects
-    import torch  # tensors and autograd
-    import torch.distributed as dist  # sums and messages between processes
-    import transformers  # models, tokenizers, the Trainer
-    from datasets.fingerprint import Hasher  # hashes that are the same in each call
-    from datasets.packaged_modules.generator.generator import Generator  # the builder of from_generator()
-    from transformers.integrations import integration_utils  # has the Trainer's TensorBoard callback
-    from transformers.trainer_utils import get_last_checkpoint, speed_metrics  # newest checkpoint-N; speeds
-except ImportError as missing:  # a fresh machine, or half an installation
-    with reported():  # a sentence in place of a traceback
+with reported():  # also for a signal that comes during the imports
+    try:  # six seconds, for which nobody waits who has mistyped a flag
+        import accelerate  # the Trainer's layer for ranks and devices
+        import datasets  # Arrow files, memory-mapped: data may be larger than memory
+        import numpy as np  # arrays of ids, cut into chunks
+        import psutil  # addresses of network interfaces
+        import pyarrow as pa  # Arrow, the file format of the cache
+        import pyarrow.compute as pc  # counts and cuts lists without Python objects
+        import torch  # tensors and autograd
+        import torch.distributed as dist  # sums and messages between processes
+        import transformers  # models, tokenizers, the Trainer
+        from datasets.fingerprint import Hasher  # hashes that are the same in each call
+        from datasets.packaged_modules.generator.generator import Generator  # the builder of from_generator()
+        from transformers.integrations import integration_utils  # has the Trainer's TensorBoard callback
+        from transformers.trainer_utils import get_last_checkpoint, speed_metrics  # newest checkpoint; speeds
+    except ImportError as missing:  # a fresh machine, or half an installation
         die(f"{missing}: pip install -r requirements.txt", status=1)  # the command that helps in both cases
 
 # ── Processes ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -335,8 +335,7 @@ except ImportError as missing:  # a fresh machine, or half an installation
 # --ddp_timeout. NCCL carries gradients between GPUs, gloo all else. tools/launch.py watches the machines.
 
 @dataclass  # Python writes __init__() from the fields
-class Ranks:  # made by join_group(); where there is only one process, nothing here does anything
-    """The processes of this run on all machines."""
+class Ranks:  # the processes of this run on all machines; a single one exchanges nothing
     rank: int = 0  # this process among all, from 0
     machine: int = 0  # rank of the first process of this machine
     size: int = 1  # processes on all machines
@@ -393,7 +392,7 @@ def as_json(facts):  # facts as JSON gives them back: enumerations as text, tupl
     return json.loads(json.dumps(facts, default=str))  # comparable with a manifest
 
 def join_group(args):  # before a device is touched; args may be the SystemExit of a wrong call
-    """Connect the processes of a launcher. Returns: Ranks. Raises: SystemExit(1) when some rank never comes."""
+    """Connect the processes of a launcher. Returns: Ranks. Raises: SystemExit(1) if a rank never comes."""
     rank, local, size = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))  # unset is 0
     if size < 2:  # no launcher, or one that starts a single process
         return Ranks()  # rank 0 of 1, which waits for nobody
@@ -413,8 +412,8 @@ def join_group(args):  # before a device is touched; args may be the SystemExit 
     seconds = getattr(args, "ddp_timeout", 600)  # the default after a wrong call
     patience = timedelta(seconds=seconds + (0 if cpu else 120))  # gloo gives up first: NCCL gives no reason
     try:  # some rank may never come
-        state = accelerate.PartialState(  # connects all ranks; gradients travel here
-            cpu, backend=getattr(args, "ddp_backend", None), timeout=patience)  # None: nccl, on CPUs gloo
+        backend = getattr(args, "ddp_backend", None)  # None: nccl between GPUs, gloo between CPUs
+        state = accelerate.PartialState(cpu, backend=backend, timeout=patience)  # gradients travel here
         state.wait_for_everyone()  # NCCL connects only now
         ranks.prompt = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))  # used at each step
         ranks.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for downloads and data
@@ -477,14 +476,10 @@ def make_training_arguments(args):  # the Trainer's flags
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # any flag's fault
         die(f"the Trainer does not accept these flags: {one_line(error)}")  # in the Trainer's own words
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
-        log0(  # a launcher starts a rank for each GPU
-            f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses several")
+        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses several")  # on N
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
     for flag in INEXACT.intersection(args.given):  # allowed: some data is too large to skip
         log0(f"note     {flag}: a stopped run may go on with other data than it would have had")  # weights may differ
-    if made.label_smoothing_factor:  # the Trainer's loss takes all logits
-        log0(  # 2.15 GB in float32 for 2,048 tokens
-            "note     --label_smoothing_factor holds all logits in memory: a smaller batch may be needed")
     if made.use_liger_kernel:  # Liger's layers are welcome, its loss would replace ours
         made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # no loss of Liger's
     return made  # vetted; its device is set up
@@ -588,7 +583,7 @@ def check_lock(run):  # before anything is written: output_dir may have been mov
     path = join(run.output_dir, ".lock")  # another run may have made this file anew
     if run.lock and not (exists(path) and os.path.samestat(os.fstat(run.lock.fileno()), os.stat(path))):  # not our file
         die(f"--output_dir {run.output_dir} was moved or removed during the run: what was saved before "  # stop at once
-            "is where it was moved to; put it back, and the same command goes on", 1)  # status 1: may work later
+            "is where it was moved to; put it back, and the same command goes on", 1)  # 1: may work later
 
 def sha256(path):  # → str; at 1.8 GB/s a checkpoint takes two seconds
     digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
@@ -641,14 +636,16 @@ def verify(folder, chosen=None):  # before a checkpoint or a finished model is t
     return resume, ""  # every file is as it was written
 
 def find_checkpoint(run):  # rank 0 alone: two choices would train two runs
-    """Return the Resume of what an earlier call has left: the finished run, or the newest whole checkpoint."""
+    """Return the Resume of what an earlier call has left: the finished run, or the newest checkpoint."""
     output_dir = run.output_dir  # a short name for the lines below
-    publishing = exists(join(output_dir, ".staging", "manifest.json"))  # killed while the model was published
+    model = join(output_dir, "model.safetensors")  # the finished model, or a model that is half published
+    if exists(join(output_dir, ".staging", "manifest.json")) and exists(model):  # killed in between
+        os.remove(model)  # this run makes it again
     for name in os.listdir(output_dir):  # all that earlier calls have left
         if name.startswith((".staging", ".trash-")):  # half made, or half deleted, by a kill
             shutil.rmtree(join(output_dir, name), ignore_errors=True)  # gives the disk space back
     resume, fault = verify(output_dir, run.chosen)  # a finished run has its manifest in output_dir
-    if fault and run.chosen:  # no finished run, and a checkpoint was chosen
+    if fault and run.chosen:  # fault: no finished run is here; and a checkpoint was chosen
         resume, harm = verify(run.chosen)  # the user's choice is never silently replaced
         die_if(harm, f"--resume_from_checkpoint {run.chosen} cannot be used: {harm}; "  # missing or damaged
                "without the flag the newest whole one is taken")
@@ -662,7 +659,7 @@ def find_checkpoint(run):  # rank 0 alone: two choices would train two runs
                 aside += "-again"  # nothing is ever written over
             os.rename(path, aside)  # renamed: now invisible
             log0(f"warning  {path} is not used ({fault}); set aside as {aside}")  # the next newest is tried
-    die_if(fault and not publishing and exists(join(output_dir, "model.safetensors")),  # another run's model
+    die_if(fault and exists(model),  # another run's model
            f"--output_dir {output_dir} holds a model, which would be written over, and no checkpoint to go "
            f"on from ({fault}): move it, or choose another directory")
     return resume or Resume()  # None from verify(): a fresh start
@@ -680,15 +677,15 @@ def refuse_other_run(args, run, resume):  # called twice: for the flags, then wi
            "new run give another --output_dir (the finished model may be its --model_name_or_path), "
            "or --overwrite_output_dir to move the old run aside")
     paths = [args.cache_dir or "", args.model_name_or_path, args.dataset_name or ""]  # or hub names
-    for path in filter(exists, [*args.train_file, *args.validation_file, *paths]):  # files that this run reads
-        die_if(other and realpath(path).startswith(join(realpath(run.output_dir), "")),  # this path would move
+    for path in filter(exists, [*args.train_file, *args.validation_file, *paths]):  # files this run reads
+        die_if(other and realpath(path).startswith(join(realpath(run.output_dir), "")),  # it would move
                f"{path} lies in --output_dir {run.output_dir}, which is to be emptied: move it out first")
     if other and run.ranks.rank == 0:  # rank 0 moves files; all other ranks wait in together()
         number = 1  # counts up to the first free name
         while exists(aside := join(run.output_dir, f"previous-{number}")):  # runs that were moved before
             number += 1  # the next name is tried
-        old = [name for name in os.listdir(run.output_dir)  # files and directories of the old run
-               if not name.startswith(("previous-", ".lock"))]  # earlier runs and the lock stay
+        old = [name for name in os.listdir(run.output_dir) if not name.startswith(("previous-", ".lock"))]  # all else
+        old.sort(key=lambda name: name.startswith(("checkpoint-", "manifest.json")))  # last: a kill may come
         os.makedirs(aside)  # empty directory for the old run
         for name in old:  # checkpoints, curves, results, model
             os.rename(join(run.output_dir, name), join(aside, name))  # nothing is copied or deleted
@@ -711,7 +708,7 @@ def rotate(output_dir, limit, protected):  # keep the newest `limit` checkpoints
 
 LOGITS_BYTES = {"cuda": 2.2e9, "cpu": 0.135e9}  # a chunk: 4,096 tokens in 16 bits on a GPU, 256 on a CPU
 SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens in the float32 softmax at a time, 1 MB each
-VOCABULARY_PART = 32_768  # words multiplied at a time: 42 MB of the head in 16 bits
+VOCABULARY_PART = {"cuda": 32_768, "cpu": 8_192}  # words multiplied at a time: 42 MB of the head in 16 bits, or 10
 HUB_ERRORS = {  # pattern for an exception's kind or message: what to do about it
     r"(?=.*(GatedRepo|gated dataset)).*(403|Visit the dataset page)":  # a valid token, but no access granted
     "is gated and your account has no access: accept the terms at {url}",
@@ -786,7 +783,8 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
         losses = torch.empty(len(labels), device=hidden.device)  # (N,), float32: -log p(label)
         grad_hidden = torch.empty_like(hidden) if train else None  # (N, H): d sum / d hidden
         grad_head = torch.zeros_like(head, dtype=torch.float32) if train else None  # (V, H): sum in float32
-        words = [slice(first, first + VOCABULARY_PART) for first in range(0, len(head), VOCABULARY_PART)]  # in 8 parts
+        size = VOCABULARY_PART.get(kind, 8_192)  # small parts stay in the caches of a CPU
+        words = [slice(first, first + size) for first in range(0, len(head), size)]  # 8 parts on a GPU, 32 on a CPU
         most = LOGITS_BYTES.get(kind, 0.135e9) / (dtype.itemsize * len(head))  # tokens whose logits fit
         rows = math.ceil(len(labels) / math.ceil(len(labels) / max(1, int(most))))  # chunks of similar length
         with torch.autocast(kind, enabled=False):  # each dtype below is chosen by hand
@@ -808,8 +806,8 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
                 if train:  # logits holds d loss / d logit by now
                     back = torch.zeros(states.shape, device=head.device)  # (rows, H), float32: sum over parts
                     for part in words:  # the whole vocabulary, part by part
-                        back += logits[:, part] @ head[part].to(dtype)  # (rows, H): d sum / d hidden
-                        grad_head[part] += logits[:, part].T @ states  # (part, H): d sum / d head
+                        back += (logits[:, part] @ head[part].to(dtype)).float()  # (rows, H): d sum / d hidden
+                        grad_head[part] += (logits[:, part].T @ states).float()  # (part, H): adding one dtype is fast
                     grad_hidden[chunk] = back * counted[chunk]  # 0 where the label is -100
         losses *= counted[:, 0]  # 0 where the label is -100
         ctx.mark_non_differentiable(losses)  # losses are for evaluations alone
@@ -820,7 +818,7 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
     def backward(ctx, upstream, _):  # upstream: d loss of the step / d sum, a scalar
         grad_hidden, grad_head = ctx.gradients  # (N, H); (V, H): 0.67 GB in float32
         ctx.gradients = None  # ctx no longer holds 0.67 GB
-        return grad_hidden.mul_(upstream), grad_head.mul_(upstream), None, None  # (N, H), (V, H), scaled in place
+        return grad_hidden.mul_(upstream), grad_head.mul_(upstream), None, None  # (N, H), (V, H): in place
 
 def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alone: one process, not compiled
     """Make model(input_ids, labels=…) return {"loss", "token_losses"} without ever holding all logits.
@@ -832,10 +830,11 @@ def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alon
     own = model.forward  # the original, with all logits
     head = model.get_output_embeddings()  # head.weight is (V, H)
     table = model.get_input_embeddings()  # tied in Gemma 3: row t of (V, H) stands for token t
-    alone = alone and model.config.model_type == "gemma3_text" and table.weight is head.weight  # a tied head
+    alone = alone and model.config.model_type == "gemma3_text" and table.weight is head.weight  # one tied matrix
+    alone = alone and table.padding_idx is not None  # its row gets no gradient
 
     def hidden_of(input_ids, **rest):  # (B, T) → the last hidden states (B, T, H)
-        if not (alone and torch.is_grad_enabled() and head.weight.device.type == "cpu"):  # a GPU adds in any order
+        if not (alone and torch.is_grad_enabled() and head.weight.device.type == "cpu"):  # GPUs add in any order
             return model.base_model(input_ids, **rest).last_hidden_state  # the plain way, all by autograd
         # A tied table needs no (V, H) gradient of its own: add() adds to the head's, which the loss has made.
         rows = table(input_ids).detach().requires_grad_()  # (B, T, H): autograd stops here
@@ -922,8 +921,7 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
         packed = pack_split(split, texts.pop(split), tokenizer, args, rebuild)  # pop lets go of the text
         chunks[split] = packed.take(min(limits[split] or len(packed), len(packed)))  # a view, no copy
         if len(chunks[split]) < len(packed):  # --max_train_samples or --max_eval_samples is in force
-            log0(f"{split}: only the first {limits[split]:,} of "  # nothing is left out in silence
-                 f"{len(packed):,} chunks are used (--max_*_samples)")
+            log0(f"{split}: only the first {limits[split]:,} of {len(packed):,} chunks are used")  # never in silence
     return chunks["train"], chunks["validation"]  # memory-mapped Datasets, or None
 
 def load_named_dataset(args, wanted):  # wanted: names of splits, of which the first must be there
@@ -1033,7 +1031,7 @@ def read_csv(path):  # → (place, {column: str}); values in quotes may span lin
 def read_json(path):  # → (place, value) of each line of JSON, or of each item of one JSON array
     first = next((line for _, line in read_lines(path) if line.strip()), "")  # tells the two layouts apart
     array = first.lstrip().startswith("[")  # an array is parsed whole: take lines for gigabytes
-    text = "".join(line for _, line in read_lines(path) if array)  # an array whole in memory; "" for lines
+    text = array and "".join(line for _, line in read_lines(path))  # an array whole in memory; lines are not
     for place, part in [(path, text)] if array else read_lines(path):  # a part: the array, or one line
         try:  # without rstrip() a fault at the end would count as on the next line
             values = json.loads(part.rstrip() or "[]")  # a list for an array or a blank line, else one value
@@ -1074,7 +1072,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of rep
          f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept = "
          f"{total // length:,} chunks of {length:,} + {total % length:,} tokens dropped at the end")
     if lost > 0.2 * sizes.sum():  # long documents, of which only the beginnings are learnt
-        log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: "  # more than a fifth
+        log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: "  # over a fifth
              "--no_truncation keeps them")
     die_if(total < length,  # text for less than one chunk
            f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: add text, or use "
@@ -1107,8 +1105,7 @@ def group_texts(files, length, truncate):  # texts of any length → chunks of o
                 yield from ({"input_ids": chunk} for chunk in ids[:whole].reshape(-1, length))  # one row each
                 tail = ids[whole:]  # first in the next batch; in the end, what the report calls dropped
 
-def fingerprints(model, train, validation):  # what no flag tells: SHA-256 of config, weights and all ids
-    """Return {"model": str, "train_data": str, "validation_data": str}."""
+def fingerprints(model, train, validation):  # → {"model", "train_data", "validation_data": SHA-256}: no flag tells
     config = model.config.to_dict()  # holds the sliding window's width and more
     for name in ("transformers_version", "_name_or_path", "use_cache", "dtype"):  # keys that change no result
         config.pop(name, None)  # None: some configs lack a key
@@ -1132,12 +1129,11 @@ def peak_flops(args):  # TrainingArguments → 16-bit FLOP/s of all devices; 0 i
     return args.world_size * 1e12 * next(  # in FLOP/s, the sum over all ranks
         (PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b", name)), 0)  # "H100 PCIe" before "H100"
 
-def flops_per_token(config, parameters, length):  # config of the model; parameters (int): a tied head once
+def flops_per_token(config, parameters, length):  # config of the text model; parameters: a tied head once
     """Return the floating-point operations to train on one token of a chunk of `length` tokens.
 
     As in appendix B of PaLM (arXiv:2204.02311): 6 a matrix weight, and causal attention, here with a sliding window.
     """
-    config = config.get_text_config()  # the text part of a model that also sees pictures
     width = (getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)  # 256 for Gemma 3
              * config.num_attention_heads)  # 1,024 for the four heads of Gemma 3 270M
     kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers  # 15 sliding, 3 full
@@ -1193,6 +1189,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         self.stopping = self.run.ranks.max(self.run.signals.received)  # the same on all ranks
         if self.stopping:  # the Trainer saves; on_save() ends the run
             control.should_save = control.should_training_stop = True  # in addition to what is due anyway
+            args.save_strategy = "steps"  # "best" would save only the best model so far
         if control.should_save:  # the directory may be gone, with another run in its place
             check_lock(self.run)  # before anything is written
 
@@ -1200,7 +1197,8 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         skips = grad_norm is None or self.args.mixed_precision == "fp16"  # GradScaler skips infinite norms
         bad = ~torch.isfinite(tr_loss if skips else tr_loss + grad_norm) & (self.bad_step == 0)  # stays on the device
         self.bad_step = torch.where(bad, self.state.global_step, self.bad_step)  # the first bad step is kept
-        if self.control.should_log or self.control.should_save or self.control.should_evaluate:  # these wait anyway
+        due = self.control  # what comes after this step
+        if due.should_log or due.should_save or due.should_evaluate or due.should_training_stop:  # these wait
             first = int(self.accelerator.gather(self.bad_step).max())  # all ranks agree, before any save
             if first:  # the weights are spoilt from this step on
                 die(f"the loss or gradient of step {first} is not a finite number: training stops, "  # on all ranks
@@ -1226,9 +1224,8 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             loss, tokens = self.sums()  # sums since the last log line, of this call or an earlier one
             speed = (self.progress.tokens - self.shown) / max(time.time() - self.logged, 1e-9)  # of all ranks
             pace = (time.time() - self.began) / max(step - self.first, 1)  # seconds a step, all included
-            gpu = self.args.device.type == "cuda"  # then GPU memory is what runs out
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes: ru_maxrss is in KiB
-            memory = torch.cuda.max_memory_allocated() if gpu else resident  # bytes, the peak of this process
+            memory = torch.cuda.max_memory_allocated() or resident  # bytes, the peak so far; 0 without a GPU
             logs |= {"loss": loss / tokens,  # a mean over tokens: a short step counts for less
                      "tokens_per_second": round(speed), "tokens_seen": self.progress.tokens,  # by all ranks
                      "peak_memory_gb": round(memory / 1e9, 2),  # near the GPU's size: time for REMEDIES
@@ -1310,7 +1307,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # mov
         batch = collator([row["input_ids"] for row in rows])  # the collator's labels lack the pad token
         return batch | {"labels": batch["input_ids"]}  # no padding here, and pad may be EOS: learn every id
     trainer = FineTuner(  # train() makes optimizer and schedule
-        run, resume, flops_per_token(model.config, model.num_parameters(), length),  # 1.7e9 FLOP a token
+        run, resume, flops_per_token(model.config.get_text_config(), model.num_parameters(), length),  # 1.7e9 FLOP
         model=model, args=args, data_collator=collate, processing_class=tokenizer,  # saved in each checkpoint
         train_dataset=train and train.with_format("torch"),  # tensors: lists of numbers take long to stack
         eval_dataset=validation and validation.with_format("torch"),  # None: no evaluation
@@ -1320,8 +1317,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # mov
         use_lean_norms(model)  # before the loss is tried out
     with trainer.accelerator.autocast():  # Flash Attention refuses the trial of eight tokens in float32
         if not use_chunked_loss(model, alone=args.world_size == 1 and not args.torch_compile):  # no plain head
-            log0("note     this model has no plain head: its own loss is used, "  # slower than ours
-                 "which holds all logits in memory")
+            log0("note     this model has no plain head: its own loss is used, which holds all logits")  # 1 GB and more
     trainer.remove_callback(integration_utils.TensorBoardCallback)  # would open a folder for each call
     runs = os.environ["TENSORBOARD_LOGGING_DIR"] = join(run.output_dir, "runs")  # the same for every call
     step = resume.progress.step  # steps that earlier calls have made and shown
@@ -1364,8 +1360,7 @@ def print_plan(args, training_args, model, train, validation):  # to be read bef
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "
              f"warm-up {warmup:,} steps")
         if warmup >= steps:  # the default of 500 suits long runs; the first step has the rate 0
-            reached = f"it reaches only {(steps - 1) / warmup:.1%} of the learning rate"  # at the last step
-            reached = reached if steps > 1 else "its one step has the learning rate 0 and learns nothing"  # a first try
+            reached = f"it reaches only {(steps - 1) / warmup:.1%} of the learning rate"  # 0 % in one step
             log0(f"note     the run is shorter than its warm-up: {reached}; "  # seldom meant, but allowed
                  f"lower --warmup_steps, to {steps // 10} for example")
         if used < a_step:  # a handful of texts and the default accumulation
@@ -1373,12 +1368,8 @@ def print_plan(args, training_args, model, train, validation):  # to be read bef
                  f"lower --gradient_accumulation_steps to {max(1, used // a_pass)} for a full one")
         elif used % a_step:  # worth knowing when epochs are short
             log0(f"note     the last step of each epoch has {used % a_step:,} of {a_step:,} chunks")  # fewer than usual
-        if used < len(train):  # other chunks are left out in the next epoch
-            log0(f"note     {len(train) - used:,} chunks are left out of each epoch: "  # as the flag asks
-                 "--dataloader_drop_last")
-        elif used % a_pass and world > 1:  # each rank makes as many forward passes
-            log0(f"note     {a_pass - used % a_pass:,} chunks are trained on twice "  # fills the last pass
-                 "an epoch, for equal shares")
+        if used % a_pass and world > 1:  # each rank makes as many forward passes
+            log0(f"note     {a_pass - used % a_pass:,} chunks are trained on twice an epoch")  # fill the last pass
         free = shutil.disk_usage(args.output_dir).free  # bytes, of the disk that holds output_dir
         needed = (args.save_total_limit + 1 - len(  # checkpoints still to come, in bytes
             glob("checkpoint-*", root_dir=args.output_dir))) * 12 * size  # 12 bytes: a weight, Adam's two
@@ -1401,7 +1392,7 @@ def train_and_save(trainer, run, resume):  # after a kill anywhere in here the s
         run.signals.leave(signalled, " after the last step")  # the same command makes the finished model
     check_lock(run)  # another run may have taken the directory
     staging = trainer.args.output_dir  # a kill leaves no half model in output_dir
-    trainer.model.config.use_cache = True  # saved in config.json: generation wants the cache
+    trainer.model.config.use_cache = True  # for config.json: training needs no cache, generation does
     trainer.save_model()  # model.safetensors, config.json, tokenizer
     if trainer.eval_dataset is not None:  # has the model learnt, or memorized?
         last = {"step": None} | dict(*[  # the last evaluation of the training; step None: there was none
@@ -1417,23 +1408,21 @@ def train_and_save(trainer, run, resume):  # after a kill anywhere in here the s
         os.rmdir(staging)  # .staging is empty by now
         fsync(run.output_dir)  # on the disk before the exit status says so
 
-def explain(error, training_args, output_dir):  # a sentence for errors that the user can mend
+def explain(error, training_args, run):  # a sentence for errors that the user can mend
     words = one_line(error)  # the error's own words
     lost = isinstance(error, RuntimeError) and re.search("timed ?out|by peer|remote process", words, re.I)  # gloo, NCCL
     if lost and training_args.world_size > 1:  # a rank is lost; tools/launch.py says which
         die(f"another process was lost or does not answer ({words}); the same command again goes on", 1)  # 1: try again
     if re.search("out of memory|can't allocate memory", words) or isinstance(error, MemoryError):  # on GPU or CPU
         die(f"out of memory on {training_args.device}: {REMEDIES}", 1)  # status 1: the call itself is right
-    disk = re.search(  # torch and safetensors raise errors of their own for a full disk
-        "PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", f"{error!r}")
+    disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", repr(error))  # full
     if disk or isinstance(error, OSError):  # No space left on device, and the like
-        for draft in glob(join(escape(output_dir), ".staging", "checkpoint-*")):  # a half written checkpoint
-            shutil.rmtree(draft, ignore_errors=True)  # gives the space back
-        free = shutil.disk_usage(output_dir).free if isdir(output_dir) else 0  # 0: the directory is gone
-        die(f"--output_dir {output_dir} cannot be written ({words}). "  # a full disk, or one that is gone
+        free = shutil.disk_usage(run.output_dir).free if isdir(run.output_dir) else 0  # 0: it is gone
+        die(f"--output_dir {run.output_dir} cannot be written ({words}). "  # a full disk, or one that is gone
             f"{free / 1e9:.2g} GB are free, a checkpoint of Gemma 3 270M needs 3.2. What was saved before "
             "is whole: make space or mend that, then the same command goes on", 1)  # status 1: try again
-    if isinstance(error, (ImportError, ValueError)):  # --use_liger_kernel without its package, --adam_beta1 2
+    flag = not run.signals.in_training and isinstance(error, ValueError)  # raised before the first step
+    if flag or isinstance(error, ImportError) or "to be installed" in words:  # --use_liger_kernel, --report_to
         die(f"a flag of the Trainer cannot be used: {words}")  # known only once the Trainer uses the flag
 
 def main(args, signals):  # the table of contents
@@ -1444,8 +1433,8 @@ def main(args, signals):  # the table of contents
             raise args  # together() tells the other ranks
         training_args = make_training_arguments(args)  # from here on the device is known
         transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
-        versions = ({name: version(name) for name in ("torch", "transformers")}  # a change only gives a warning
-                    | {"device": training_args.device.type})  # "cuda" or "cpu"
+        versions = {name: version(name) for name in ("torch", "transformers")}  # a change is no error
+        versions["device"] = training_args.device.type  # "cuda" or "cpu"
         settings = run_settings(args, training_args)  # by which a run is known again
         run = Run(settings, versions, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # who this run is
     if ranks.size > 1:  # several processes: compare before any work
@@ -1478,7 +1467,8 @@ def main(args, signals):  # the table of contents
         prints = fingerprints(model, train, validation)  # of every token and every weight
     ranks.check_same(prints)  # copies of the data may differ between machines
     with ranks.together():  # phase: is the checkpoint's run really this one?
-        run.settings |= {name: prints[name] for name in ("model", "train_data")}  # both decide the weights
+        steers = ["validation_data"] * ("validation_file" in run.settings)  # see run_settings()
+        run.settings |= {name: prints[name] for name in ("model", "train_data", *steers)}  # these decide the weights
         resume = refuse_other_run(args, run, resume)  # now data and weights count, too
     training_args.eval_on_start &= not resume.path  # an earlier call has made that evaluation
     try:  # a part that is not installed, a full GPU, a full disk
@@ -1496,16 +1486,14 @@ def main(args, signals):  # the table of contents
         else:  # every other call trains
             train_and_save(trainer, run, resume)  # ends with the finished model in output_dir
     except Exception as error:  # die() raises SystemExit, which is no Exception
-        explain(error, training_args, args.output_dir)  # in a sentence, if the user can mend it
+        explain(error, training_args, run)  # in a sentence, if the user can mend it
         raise  # unexplained: Python prints the traceback
     finally:  # data loaders may live on: persistent ones, or after a stop
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain about killed loaders
         for loader in multiprocessing.active_children():  # Python would wait: loaders ignore signals
             loader.kill()  # SIGKILL: a data loader has nothing to lose
-    results = join(args.output_dir, "all_results.json")  # loss, perplexity, speed
-    what = ("the metrics are in" if args.evaluate_only  # --do_eval alone makes no model
-            else f"the model is in {args.output_dir}, its metrics in")  # a directory for from_pretrained()
-    log0(f"Done: {what} {results}.")  # the last line of a run
+    what = "the metrics are" if args.evaluate_only else f"the model is in {args.output_dir}, its metrics"  # or both
+    log0(f"Done: {what} in {join(args.output_dir, 'all_results.json')}.")  # the last line of a run
 
 if __name__ == "__main__":  # python main.py, accelerate launch main.py
     with reported():  # an error ends in one sentence

@@ -64,7 +64,7 @@ def profile(argv, args):
     import main as trainer
 
     gpu = torch.cuda.is_available()
-    HEAD.add(trainer.VOCABULARY_PART)
+    HEAD.add(trainer.VOCABULARY_PART["cuda" if gpu else "cpu"])
     if args.batch * args.length in HEAD:
         sys.exit(f"{args.batch} x {args.length} tokens cannot be told from as many words: choose another --length")
     activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * gpu

@@ -16,7 +16,7 @@ def short_chunks(monkeypatch):
     """At most 7 tokens at a time, 3 in the softmax, 40 words: every test has several chunks and parts, uneven ones."""
     monkeypatch.setitem(main.LOGITS_BYTES, "cpu", 7 * 4 * WORDS + 1)
     monkeypatch.setitem(main.SOFTMAX_ROWS, "cpu", 3)
-    monkeypatch.setattr(main, "VOCABULARY_PART", 40)
+    monkeypatch.setitem(main.VOCABULARY_PART, "cpu", 40)
 
 
 def inputs(tokens, dtype=torch.float32, ignored=()):
