@@ -476,7 +476,7 @@ def make_training_arguments(args):  # the Trainer's flags
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # any flag's fault
         die(f"the Trainer does not accept these flags: {one_line(error)}")  # in the Trainer's own words
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
-        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses several")  # on N
+        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses several")  # N GPUs
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
     for flag in INEXACT.intersection(args.given):  # allowed: some data is too large to skip
         log0(f"note     {flag}: a stopped run may go on with other data than it would have had")  # weights may differ
@@ -678,13 +678,13 @@ def refuse_other_run(args, run, resume):  # called twice: for the flags, then wi
            "or --overwrite_output_dir to move the old run aside")
     paths = [args.cache_dir or "", args.model_name_or_path, args.dataset_name or ""]  # or hub names
     for path in filter(exists, [*args.train_file, *args.validation_file, *paths]):  # files this run reads
-        die_if(other and realpath(path).startswith(join(realpath(run.output_dir), "")),  # it would move
+        die_if(other and realpath(path).startswith(join(realpath(run.output_dir), "")),  # it would be moved
                f"{path} lies in --output_dir {run.output_dir}, which is to be emptied: move it out first")
     if other and run.ranks.rank == 0:  # rank 0 moves files; all other ranks wait in together()
         number = 1  # counts up to the first free name
         while exists(aside := join(run.output_dir, f"previous-{number}")):  # runs that were moved before
             number += 1  # the next name is tried
-        old = [name for name in os.listdir(run.output_dir) if not name.startswith(("previous-", ".lock"))]  # all else
+        old = [name for name in os.listdir(run.output_dir) if not name.startswith(("previous-", ".lock"))]  # its files
         old.sort(key=lambda name: name.startswith(("checkpoint-", "manifest.json")))  # last: a kill may come
         os.makedirs(aside)  # empty directory for the old run
         for name in old:  # checkpoints, curves, results, model
@@ -1198,7 +1198,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         bad = ~torch.isfinite(tr_loss if skips else tr_loss + grad_norm) & (self.bad_step == 0)  # stays on the device
         self.bad_step = torch.where(bad, self.state.global_step, self.bad_step)  # the first bad step is kept
         due = self.control  # what comes after this step
-        if due.should_log or due.should_save or due.should_evaluate or due.should_training_stop:  # these wait
+        if due.should_log or due.should_save or due.should_evaluate or due.should_training_stop:  # these wait anyway
             first = int(self.accelerator.gather(self.bad_step).max())  # all ranks agree, before any save
             if first:  # the weights are spoilt from this step on
                 die(f"the loss or gradient of step {first} is not a finite number: training stops, "  # on all ranks
@@ -1415,7 +1415,7 @@ def explain(error, training_args, run):  # a sentence for errors that the user c
         die(f"another process was lost or does not answer ({words}); the same command again goes on", 1)  # 1: try again
     if re.search("out of memory|can't allocate memory", words) or isinstance(error, MemoryError):  # on GPU or CPU
         die(f"out of memory on {training_args.device}: {REMEDIES}", 1)  # status 1: the call itself is right
-    disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", repr(error))  # full
+    disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", repr(error))  # full disk
     if disk or isinstance(error, OSError):  # No space left on device, and the like
         free = shutil.disk_usage(run.output_dir).free if isdir(run.output_dir) else 0  # 0: it is gone
         die(f"--output_dir {run.output_dir} cannot be written ({words}). "  # a full disk, or one that is gone
@@ -1467,7 +1467,7 @@ def main(args, signals):  # the table of contents
         prints = fingerprints(model, train, validation)  # of every token and every weight
     ranks.check_same(prints)  # copies of the data may differ between machines
     with ranks.together():  # phase: is the checkpoint's run really this one?
-        steers = ["validation_data"] * ("validation_file" in run.settings)  # see run_settings()
+        steers = ["validation_data"] * ("validation_file" in run.settings)  # there if losses steer the run
         run.settings |= {name: prints[name] for name in ("model", "train_data", *steers)}  # these decide the weights
         resume = refuse_other_run(args, run, resume)  # now data and weights count, too
     training_args.eval_on_start &= not resume.path  # an earlier call has made that evaluation
@@ -1492,7 +1492,7 @@ def main(args, signals):  # the table of contents
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain about killed loaders
         for loader in multiprocessing.active_children():  # Python would wait: loaders ignore signals
             loader.kill()  # SIGKILL: a data loader has nothing to lose
-    what = "the metrics are" if args.evaluate_only else f"the model is in {args.output_dir}, its metrics"  # or both
+    what = "the metrics are" if args.evaluate_only else f"the model is in {args.output_dir}, its metrics"  # what is new
     log0(f"Done: {what} in {join(args.output_dir, 'all_results.json')}.")  # the last line of a run
 
 if __name__ == "__main__":  # python main.py, accelerate launch main.py
