@@ -1332,8 +1332,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # mov
     return trainer  # ready to train or to evaluate
 
 # ── The run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def print_plan(args, training_args, model, train, validation):  # to be read before a night of training
-    """Say in six lines what is about to happen, and in notes what of it is allowed, but seldom meant."""
+def print_plan(args, training_args, model, train, validation):  # what is about to happen; notes: what is seldom meant
     world = training_args.world_size  # processes on all machines
     dtype = f"{training_args.mixed_precision} autocast".replace("no autocast", "float32")  # dtype of products
     peak = peak_flops(training_args)  # of all devices; 0 on a CPU
@@ -1360,9 +1359,10 @@ def print_plan(args, training_args, model, train, validation):  # to be read bef
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "
              f"warm-up {warmup:,} steps")
         if warmup >= steps:  # the default of 500 suits long runs; the first step has the rate 0
-            reached = f"it reaches only {(steps - 1) / warmup:.1%} of the learning rate"  # 0 % in one step
-            log0(f"note     the run is shorter than its warm-up: {reached}; "  # seldom meant, but allowed
-                 f"lower --warmup_steps, to {steps // 10} for example")
+            log0(f"note     the run is shorter than its warm-up: it reaches only {(steps - 1) / warmup:.1%} "  # at most
+                 f"of the learning rate; lower --warmup_steps, to {steps // 10} for example")
+        if left := len(train) - used:  # other ones in each epoch, as the order differs
+            log0(f"note     {left:,} chunks are left out of each epoch: --dataloader_drop_last")  # make no batch
         if used < a_step:  # a handful of texts and the default accumulation
             log0(f"note     all {used:,} chunks make less than one step of {a_step:,}: "  # one step an epoch
                  f"lower --gradient_accumulation_steps to {max(1, used // a_pass)} for a full one")

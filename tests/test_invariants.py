@@ -175,7 +175,7 @@ ODD = {  # flags → words of the note
     "--gradient_accumulation_steps 8": ("all 24 chunks make less than one step of 32", "to 6 for a full one"),
     "--gradient_accumulation_steps 4": ("the last step of each epoch has 8 of 16 chunks",),
     "--dataloader_drop_last --per_device_train_batch_size 5 --gradient_accumulation_steps 3": (
-        "the last step of each epoch has 5 of 15 chunks",
+        "the last step of each epoch has 5 of 15 chunks", "4 chunks are left out of each epoch: --dataloader_drop_last",
     ),
     "--ignore_data_skip": ("--ignore_data_skip: a stopped run may go on with other data",),
     "--train_sampling_strategy group_by_length": ("--train_sampling_strategy: a stopped run may",),
