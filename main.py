@@ -9,7 +9,7 @@ The file is in the order of a run, and main(), its last function, is the table o
     make_training_arguments ──────── the Trainer's own flags, vetted
     find_checkpoint ──────────────── where an earlier call of the same command has stopped, if one has
     load_model, use_chunked_loss ─── float32 weights, 16-bit products, never all logits at once
-    load_and_prepare_dataset ─────── read_texts ─▶ tokenize_texts ─▶ group_texts: chunks of max_seq_length tokens
+    load_and_prepare_dataset ─────── read_texts ─▶ tokenize_texts ─▶ group_texts: chunks of one length
     make_trainer, train_and_save ─── .staging ─▶ checkpoint-N, curves ─▶ the finished model in output_dir
 """
 import argparse  # parses the command line
@@ -32,68 +32,58 @@ import shutil  # removes directories, measures disks
 import signal  # SIGTERM and Ctrl-C
 import socket  # names and addresses of machines
 import sys  # arguments, exit status, standard error
+import tempfile  # tries whether a directory can be written
 import threading  # hears of errors in TensorBoard's writer thread
 import time  # speed, and the seconds of all calls
 import traceback  # errors with all their causes
-from dataclasses import asdict, dataclass, field, replace  # state whose fields are listed in one place
+from dataclasses import dataclass, field  # state whose fields are listed in one place
 from datetime import timedelta  # how torch takes a timeout
 from glob import escape, glob  # expands "data/*.jsonl" where the shell did not
 from importlib.metadata import version  # a package's version, without importing it
 from os.path import abspath, basename, dirname, exists, getsize, isdir, isfile, join, realpath  # paths
 
-MODEL_ALIASES = {"google/gemma-270m": "google/gemma-3-270m"}  # the short name → the published one
-WIKITEXT = "Salesforce/wikitext"  # the one data set whose configuration is chosen here
-DATASET_ALIASES = {"wikitext": WIKITEXT}  # the name before hub names had owners
-WIKITEXT_CONFIG = "wikitext-2-raw-v1"  # 2 million words of untouched text
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files, each also with .gz behind it
 SPEAKER = os.environ.get("LOCAL_RANK", "0") == "0"  # True in one process of each machine, the one that speaks
-REPORTERS = (  # programs that draw the Trainer's curves
-    "tensorboard", "wandb", "none", "all", "azure_ml", "clearml", "codecarbon", "comet_ml", "dagshub",
-    "dvclive", "flyte", "kubeflow", "mlflow", "neptune", "swanlab", "trackio")  # each needs its package
 PARTIAL = "makes checkpoints that no run can go on from"  # no optimizer state, or one part a process
 REFUSED = {  # flags of the Trainer that would break a promise of the README, and why
     "--save_only_model": PARTIAL, "--enable_jit_checkpoint": PARTIAL,  # no optimizer; a SIGTERM handler
     "--save_on_each_node": PARTIAL, "--fsdp": PARTIAL, "--deepspeed": PARTIAL,  # each process saves a part
     "--auto_find_batch_size": "changes the effective batch in the middle of a run",  # for GPUs that are full
+    "--dataloader_drop_last": "leaves chunks out of every epoch and evaluation",  # a smaller batch is fine
+    "--ignore_data_skip": "lets a stopped run go on with other data",  # skipping a million batches takes 2 s
     "--batch_eval_metrics": "leaves no loss of each chunk to make the mean of",  # every chunk counts once
-    "--eval_do_concat_batches": "leaves no mean over all chunks"}  # the losses would be an array a batch
-INEXACT = {"--ignore_data_skip", "--train_sampling_strategy",  # a stopped run may end with other weights
-           "--accelerator_config", "--dataloader_persistent_workers"}
+    "--eval_do_concat_batches": "leaves no mean over all chunks",  # the losses would be an array a batch
+    "--overwrite_output_dir": "would lose what an earlier run has made"}  # a flag of transformers 4
 REMEDIES = (  # against a full GPU, the cheapest first
-    "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double "
-    "--gradient_accumulation_steps: the same training; (3) add --gradient_checkpointing: about 20 % slower; "
-    "(4) shorten --max_seq_length (2048, 1024, 512)")
+    "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double --gradient_accumulation_steps: "
+    "the same training; (3) add --gradient_checkpointing: 20 % slower; (4) shorten --max_seq_length (2048, 1024, 512)")
 
-# ── Command line ─────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Command line ───────────────────────────────────────────────────────────────────────────────────
 def log0(*lines):  # progress goes to standard output, from rank 0 alone
     if os.environ.get("RANK", "0") == "0":  # launchers set RANK; a single process has none
         print(*lines, sep="\n", flush=True)  # flush: a log file shows the lines at once
-
-def die(sentence, status=2, speaks=True):  # errors go to standard error, printed by reported()
-    """End the run with a sentence and a status: 2 for a wrong call or wrong data, else 1; speaks: see reported()."""
+def die(sentence, status=2, speaks=SPEAKER):  # ends the run; status 2: a wrong call or wrong data
     end = SystemExit(status)  # no Exception, so that no library catches or wraps it
     vars(end).update(sentence=sentence, speaks=speaks)  # read by reported(), and sent to other ranks
     raise end  # caught by reported(), which stands around everything
-
 def die_if(wrong, sentence):  # wrong: any value; what is true or not empty ends the run
     if wrong:  # most checks have this form
         die(sentence)  # the sentence says what to do
 
 @contextlib.contextmanager  # for with statements
-def reported():  # stands around the command line, and around main()
-    """Print the sentence of die(), unless another rank speaks here, and leave it for the launcher."""
+def reported():  # around the command line, the imports and main(): prints the sentence of die()
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
     except SystemExit as end:  # from die(), or from --help, which has no sentence
         sentence = getattr(end, "sentence", "")  # what the user reads; empty for --help
         if sentence and "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun names a file for each rank
-            with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as note:  # for tools/launch.py, by torchrun
+            with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as note:  # read by tools/launch.py
                 json.dump({"message": sentence, "timestamp": int(time.time())}, note)  # in torchrun's format
-        if sentence and end.speaks:  # another rank may speak for this machine
+        if sentence and end.speaks:  # one process a machine is enough
             print(f"\nmain.py: error: {sentence}", file=sys.stderr, flush=True)  # \n leaves a progress bar
         raise  # Python ends with the exit status
 
-def did_you_mean(name, names):  # " (did you mean 'text'?)" for the closest of names, or ""
+def did_you_mean(name, names):  # → " (did you mean 'text'?)", or "" if none of names is similar
     close = difflib.get_close_matches(name, names, n=1)  # the nearest one, if at least 0.6 similar
     return f" (did you mean {close[0]!r}?)" if close else ""  # goes behind the wrong name
 
@@ -101,7 +91,7 @@ def bounded(kind, low, above=False):  # a type for argparse: a finite int or flo
     def read(text):  # argparse passes the text behind a flag
         value = kind(text)  # ValueError becomes "invalid whole number value: '1e-3'"
         if not low <= value < math.inf or (above and value == low):  # nan fails every comparison
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # of a flag
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # argparse
         return value  # what args will hold
     read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse puts this name into its sentence
     return read  # argparse calls read() on each value
@@ -112,16 +102,12 @@ def trainer_flags():  # names of the Trainer's 114 flags, read from its source i
     with open(join(dirname(package.origin), "training_args.py"), encoding="utf-8") as source:  # as plain text
         return re.findall(r"^    (\w+): .*= field\(", source.read(), re.MULTILINE)  # "    seed: int = field("
 
-def parse_args(argv=None):  # all that the user decides
-    """Read argv (list[str], or None for the process's own) and check all that can be checked without torch.
-
-    Returns: argparse.Namespace of our flags, with `given`, the flags as typed, and `trainer_argv`, those left for
-        transformers.TrainingArguments. Raises: SystemExit(2) with one sentence.
-    """
+def parse_args(argv=None):  # list[str], or None for the process's own words
+    """Return the Namespace of our flags, `given` (flags as typed), `trainer_argv` (words for the Trainer)."""
     parser = argparse.ArgumentParser(  # knows our 38 flags; the Trainer's are left over
         usage="python main.py (--dataset_name NAME | --train_file FILE ...) [flags]",  # instead of all flags
         description="Fine-tune Google's Gemma 3 270M on text.",  # the second paragraph of --help
-        epilog="All other flags of transformers.TrainingArguments work too, such as --max_steps.",  # about 90 flags
+        epilog="All other flags of transformers.TrainingArguments work too.",  # about 90 flags
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,  # every flag's help ends with its default
         allow_abbrev=False)  # a shortened flag may be a misspelt one
     parser.error = lambda message: die(f"{message}; see python main.py --help")  # one sentence, no usage page
@@ -131,11 +117,11 @@ def parse_args(argv=None):  # all that the user decides
     positive = bounded(float, 0, above=True)  # rates; steps, where 0.1 is a tenth of the run
     add = parser.add_argument_group("model").add_argument  # which weights, which attention
     add("--model_name_or_path", **path, default="google/gemma-270m", help="hub name or directory")  # the base model
-    add("--use_flash_attention", **switch, help="version 2; needs a GPU and flash-attn; sets --bf16")  # off means sdpa
+    add("--use_flash_attention", **switch, help="needs a GPU and flash-attn; sets --bf16")  # off means sdpa
     add = parser.add_argument_group("data").add_argument  # files or a data set, never both
     add("--dataset_name", **path, help="hub name, or a local data set directory")  # validation is optional
     add("--dataset_config_name", help="configuration of the hub data set")  # often the name of a language
-    add("--train_file", **path, nargs="+", help=".json .jsonl .csv .txt, also .gz; several, or a glob")  # your own text
+    add("--train_file", **path, nargs="+", help=".json .jsonl .csv .txt, .gz; several, or a glob")  # your own text
     add("--validation_file", **path, nargs="+", help="the same, for evaluation")  # held out: never trained on
     add("--text_column", default="text", help="the column that holds the text")  # only .txt has no columns
     add("--max_seq_length", type=bounded(int, 2), default=2048, help="tokens per chunk")  # the context learnt
@@ -148,32 +134,33 @@ def parse_args(argv=None):  # all that the user decides
     add("--overwrite_cache", **switch, help="prepare the data anew")  # changed files need no flag
     add = parser.add_argument_group("training").add_argument  # schedule and optimizer
     add("--num_train_epochs", type=positive, default=3, help="passes over the data")  # each in a new order
-    add("--per_device_train_batch_size", type=count, default=4, help="chunks per device at a time")  # limited by memory
+    add("--per_device_train_batch_size", type=count, default=4, help="chunks per device at a time")  # fills the memory
     add("--per_device_eval_batch_size", type=count, default=4, help="the same, in evaluation")  # changes no result
     add("--gradient_accumulation_steps", type=count, default=8, help="batches per optimizer step")  # costs no memory
+    add("--max_steps", type=count, default=-1, help="end after N steps; -1: after the epochs")  # has priority
     add("--learning_rate", type=positive, default=2e-5, help="the peak, after the warm-up")  # then down to 0
     add("--weight_decay", type=bounded(float, 0), default=0.01, help="of AdamW")  # norms and biases have none
-    add("--warmup_steps", type=bounded(float, 0), default=500, help="steps to the peak; below 1 a part")  # 0.1: a tenth
+    add("--warmup_steps", type=bounded(float, 0), default=500, help="steps to the peak; 0.1: a tenth")  # of the run
     group = parser.add_argument_group("memory")  # for when a GPU is full
     group.add_argument("--gradient_checkpointing", **switch, help="recompute activations: 20 %% slower")  # few are kept
     add = group.add_mutually_exclusive_group().add_argument  # argparse refuses the two together
     add("--bf16", **switch, help="bfloat16 autocast over float32 weights")  # Ampere GPUs, newer ones and CPUs
     add("--fp16", **switch, help="float16 autocast, for GPUs before Ampere")  # accelerate scales the loss
     add = parser.add_argument_group("logging and checkpoints").add_argument  # what is written, and when
-    add("--output_dir", **path, default="./outputs", help="checkpoints, logs and the finished model")  # of one run only
+    add("--output_dir", **path, default="./outputs", help="checkpoints, logs and finished model")  # of one run only
     add("--logging_steps", type=positive, default=10, help="steps between log lines")  # a line is their mean
     add("--save_steps", type=positive, default=500, help="steps between checkpoints")  # 3.2 GB each
     add("--eval_steps", type=positive, default=500, help="steps between evaluations")  # needs validation data
-    add("--overwrite_output_dir", **switch, help="move another run's files aside")  # in a previous-1 folder
+    add("--metric_for_best_model", choices=("loss", "eval_loss"), help="unset: loss")  # perplexity ranks alike
     add("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")  # older ones go
-    add("--report_to", nargs="+", choices=REPORTERS, default=["tensorboard"], help="where curves go")  # none: no curves
+    add("--report_to", nargs="+", default=["tensorboard"], help="where curves go, or none")  # wandb, mlflow and more
     add("--resume_from_checkpoint", **path, help="go on from this one, not the newest")  # from any output_dir
     add = parser.add_argument_group("misc").add_argument  # processes, repeatability, what to do
     add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # then the run ends
-    add("--ddp_backend", choices=("nccl", "gloo"), help="sums gradients; unset: nccl, on CPUs gloo")  # of all ranks
-    add("--seed", type=bounded(int, 0), default=42, help="of the order of chunks and of new weights")  # and of dropout
+    add("--ddp_backend", choices=("nccl", "gloo"), help="unset: nccl, on CPUs gloo")  # the library that sums gradients
+    add("--seed", type=bounded(int, 0), default=42, help="of the order of chunks and new weights")  # and of dropout
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # a name from run_clm.py
-    add("--do_eval", **switch, help="given alone: only evaluate the model on the validation data")  # and no training
+    add("--do_eval", **switch, help="given alone: only evaluate on the validation data")  # and no training
     words = sys.argv[1:] if argv is None else argv  # tests pass words of their own
     words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)  # --a-b is --a_b
              for word in words]  # values keep their hyphens
@@ -182,83 +169,65 @@ def parse_args(argv=None):  # all that the user decides
     args.given = [word.partition("=")[0] for word in words if word.startswith("--")]  # "--seed=1" → "--seed"
     for flag in args.given:  # before the heavy imports
         bare = flag.replace("--no_", "--")  # the Trainer's switches have a --no_ form, too
-        die_if(flag not in known and bare not in known,  # misspelt, or shortened
-               f"unknown flag {flag}{did_you_mean(flag, known)}; see python main.py --help")
         die_if(bare in REFUSED, f"{flag} {REFUSED.get(bare)}: leave it out")  # it would break a promise: see REFUSED
+        die_if(not {flag, bare} & {*known}, f"unknown flag {flag}{did_you_mean(flag, known)}; see --help")  # misspelt
     check_args(args)  # combinations and paths; may end the run
     return args  # sound, as far as can be told without torch
 
 def check_args(args):  # what argparse cannot say; globs and aliases are expanded in place
-    model = MODEL_ALIASES.get(args.model_name_or_path, args.model_name_or_path)  # a hub name or a directory
-    if model != args.model_name_or_path:  # no repository on the hub has the short name
-        log0(f"{args.model_name_or_path} is published as {model}: using that.")  # printed once, by rank 0
-    args.model_name_or_path = model  # the published name from here on
-    args.evaluate_only = args.do_eval and not args.do_train  # True: no training, no checkpoints
+    if args.model_name_or_path == "google/gemma-270m":  # no repository on the hub has the short name
+        args.model_name_or_path = "google/gemma-3-270m"  # the published name from here on
+        log0("google/gemma-270m is published as google/gemma-3-270m: using that.")  # printed once, by rank 0
+    args.evaluate_only = alone = args.do_eval and not args.do_train  # True: no training, no checkpoints
     args.train_file = expand_files("--train_file", args.train_file)  # [] without the flag
     args.validation_file = expand_files("--validation_file", args.validation_file)  # [] without the flag
-    args.resume_from_checkpoint = args.resume_from_checkpoint and realpath(args.resume_from_checkpoint)  # free of links
+    resume = args.resume_from_checkpoint and realpath(args.resume_from_checkpoint)  # free of links
+    args.resume_from_checkpoint = resume  # None without the flag
+    model = args.model_name_or_path  # a hub name or a directory
     output = args.output_dir  # may not exist yet
-    run = [mark for mark in (".lock", "manifest.json", "checkpoint-[0-9]*") if glob(mark, root_dir=output)]  # of a run
-    die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
+    run = any(glob(mark, root_dir=output) for mark in (".lock", "manifest.json", "checkpoint-[0-9]*"))  # in output
     die_if(args.use_flash_attention and not importlib.util.find_spec("flash_attn"),  # the package is missing
            "--use_flash_attention needs a package: pip install flash-attn --no-build-isolation")
-    die_if("wandb" in args.report_to and not importlib.util.find_spec("wandb"),  # the package is missing
-           "--report_to wandb needs a package: pip install wandb")
-    die_if({"none", "all"} & {*args.report_to} and args.report_to[1:],  # none or all beside another name
-           f"--report_to {' '.join(args.report_to)}: none and all stand alone")
-    die_if(args.dataset_name and (args.train_file or args.validation_file),  # a data set and files given
-           "data given twice: use either --dataset_name or --train_file/--validation_file")
-    die_if(not (args.evaluate_only or args.dataset_name or args.train_file),  # nothing to train on
-           f"no training data: give --dataset_name NAME or --train_file FILE ({' '.join(FORMATS)})")
-    die_if(args.evaluate_only and not (args.dataset_name or args.validation_file),  # nothing to evaluate on
-           "--do_eval needs validation data: give --dataset_name NAME or --validation_file FILE")
-    die_if(args.evaluate_only and args.resume_from_checkpoint,  # a checkpoint can be evaluated as a model
-           f"--do_eval alone goes on from nothing: give --model_name_or_path {args.resume_from_checkpoint}")
-    die_if(args.evaluate_only and run,  # the run's all_results.json would be overwritten
-           f"--output_dir {output} holds a training run: choose another for --do_eval")
-    die_if(args.resume_from_checkpoint and args.overwrite_output_dir,  # one goes on, the other begins anew
-           "--resume_from_checkpoint and --overwrite_output_dir exclude each other: leave one out")
-    die_if(args.resume_from_checkpoint and not isfile(join(args.resume_from_checkpoint, "optimizer.pt")),  # a model
-           f"--resume_from_checkpoint {args.resume_from_checkpoint}: not a checkpoint, it has no optimizer.pt")
-    die_if(isdir(model) and not isfile(join(model, "config.json")),  # most often a level too high
-           f"--model_name_or_path {model}: the directory has no config.json; name a saved model")
-    die_if(isdir(model) and not glob("*.safetensors", root_dir=model) + glob("*.bin", root_dir=model),  # a bad copy
-           f"--model_name_or_path {model}: the directory has no weights (model.safetensors)")
-    die_if(not args.evaluate_only and realpath(output) == realpath(model),  # the base would be replaced
+    die_if(args.dataset_name and (args.train_file or args.validation_file),  # data given twice
+           "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
+    die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
+    need = "validation" if alone else "train"  # the data that this call cannot do without
+    die_if(not (args.dataset_name or vars(args)[f"{need}_file"]),  # neither a data set nor a file
+           f"no {need} data: give --dataset_name NAME or --{need}_file FILE ({' '.join(FORMATS)})")
+    die_if(alone and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")  # it is a model
+    die_if(alone and run, f"--output_dir {output} holds a training run: choose another for --do_eval")  # it stays
+    die_if(isdir(model) and not exists(f"{model}/config.json"), f"--model_name_or_path {model}: no config.json")  # here
+    die_if(not alone and realpath(output) == realpath(model),  # the base model would be replaced
            f"--output_dir {output} is the model to start from: choose another directory")
     for flag, name in (("--model_name_or_path", model), ("--dataset_name", args.dataset_name or "")):  # local or remote
         local = name.startswith((".", os.sep)) or name.count("/") > 1 or isfile(name)  # not a hub name
         die_if(local and not isdir(name),  # else the hub is asked for half a minute
                f"{flag} {name}: no such directory; give one, or a hub name (text goes to --train_file)")
     for flag, folder in (("--output_dir", output), ("--cache_dir", args.cache_dir or output)):  # tried before the work
-        fault = "no permission"  # unless Linux names another reason
-        try:  # a file may be in the way
+        try:  # a read-only disk, a file in the way, no permission
             os.makedirs(folder, exist_ok=True)  # makes the directories above it, too
-        except OSError as error:  # a read-only disk, a file in the way
-            fault = error.strerror  # such as "Not a directory"
-        die_if(not os.access(folder, os.W_OK | os.X_OK),  # not to be written, or not to be entered
-               f"{flag} {folder}: no files can be written there ({fault}); choose another directory")
+            tempfile.TemporaryFile(dir=folder).close()  # a file of no name, gone once closed
+        except OSError as error:  # error.strerror is the reason, from Linux
+            die(f"{flag} {folder}: no files can be written there ({error.strerror}); choose another")  # or mend it
 
 def expand_files(flag, patterns):  # → absolute paths of existing, readable files of known formats
     files = []  # in the order given: that of the text
     for pattern in patterns or []:  # None without the flag
         found = [pattern] if exists(pattern) else sorted(glob(pattern, recursive=True))  # in a fixed order
-        beside = [] if found else glob(join(escape(dirname(pattern)), "*"))  # neighbours: one may be meant
+        beside = glob(join(escape(dirname(pattern)), "*"))  # neighbours: one may be meant
         die_if(not found, f"{flag} {pattern}: no such file{did_you_mean(pattern, beside)}")  # a misspelt name
         for path in found:  # before six seconds of imports
-            die_if(isdir(path), f"{flag} {path} is a directory: name files in it, or use --dataset_name")  # not a file
-            die_if(os.path.splitext(path.removesuffix(".gz"))[1].lower() not in FORMATS,  # an unknown format
-                   f"{flag} {path}: unknown extension; known are {' '.join(FORMATS)}, each also with .gz")
-            die_if(not os.access(path, os.R_OK),  # no permission to read the file
-                   f"{flag} {path} cannot be read: no permission (try chmod +r)")
+            kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # ".jsonl", also for x.jsonl.gz
+            die_if(isdir(path), f"{flag} {path} is a directory: name files in it, or use --dataset_name")  # never read
+            die_if(kind not in FORMATS, f"{flag} {path}: known extensions are {' '.join(FORMATS)}, also .gz")  # a slip
+            die_if(not os.access(path, os.R_OK), f"{flag} {path}: no permission to read it (try chmod +r)")  # not ours
             die_if(getsize(path) == 0, f"{flag} {path} is empty")  # often a failed export
             files.append(abspath(path))  # a part of the cache's key
     return files  # all exist and can be read
 
-# ── Signals ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Signals ────────────────────────────────────────────────────────────────────────────────────────
 # SIGTERM comes from batch systems and launchers, SIGINT from Ctrl-C. Outside the training either ends the
 # run at once. In training it is kept until the end of the step, where all ranks agree on it, save and stop.
-
 class Signals:  # what has been received, and what becomes of it; kill -9 cannot be caught, and need not be
     def __init__(self):  # before the heavy imports, as a signal may come at any time
         self.received = 0  # number of the first signal, 0 before one has come
@@ -281,11 +250,10 @@ class Signals:  # what has been received, and what becomes of it; kill -9 cannot
     def receive(self, number, frame):  # noted in training; else, or when repeated after 3 seconds, the end
         if self.launcher:  # the launcher's death arrives as a SIGTERM
             time.sleep(0.1)  # Linux signals a moment before getppid() changes
-        if self.launcher not in (0, os.getppid()):  # the launcher is dead: nobody has asked us to stop
-            number = signal.SIGKILL  # no signal of the user's: status 1, a failure
+            number = number if self.launcher == os.getppid() else signal.SIGKILL  # for a death: nobody asked to stop
         if self.in_training and not self.received:  # the first signal; print() is unsafe in a handler
             os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # 2 is stderr
-        if not self.received:  # the first one; launchers repeat it at once
+        if not self.received:  # launchers repeat a signal at once
             self.since = time.time()  # the 3 seconds count from here
             self.received = number  # on_step_end() looks at the number
         if not self.in_training or time.time() - self.since > 3:  # nothing to save, or a signal that insists
@@ -295,11 +263,9 @@ class Signals:  # what has been received, and what becomes of it; kill -9 cannot
         self.in_training = False  # a further signal ends the run at once
         lost = number == signal.SIGKILL  # a failure: MAX_RETRIES tries again
         name = "the loss of a launcher" if lost else signal.Signals(number).name  # else SIGTERM or SIGINT
-        status = 1 if lost else 128 + number  # 143 or 130, as shells report these signals
-        speaks = SPEAKER or not saved  # outside the training the ranks do not stop together, and each speaks
-        die(f"stopped by {name}{saved}; the same command again goes on", status, speaks)  # see reported()
+        die(f"stopped by {name}{saved}; the same command again goes on", 1 if lost else 128 + number)  # 143 or 130
 
-# ── The answer, and behind it the imports ────────────────────────────────────────────────────────────────────────────
+# ── The answer, and behind it the imports ──────────────────────────────────────────────────────────
 if __name__ == "__main__":  # not where tests or worker processes import this file
     SIGNALS = Signals()  # from here on a signal ends the run with a sentence
     with reported():  # --help and a slip are answered in 0.06 s
@@ -323,17 +289,17 @@ with reported():  # also for a signal that comes during the imports
         import transformers  # models, tokenizers, the Trainer
         from datasets.fingerprint import Hasher  # hashes that are the same in each call
         from datasets.packaged_modules.generator.generator import Generator  # the builder of from_generator()
+        from datasets.utils.info_utils import get_size_checksum_dict as checksum  # size and SHA-256 of a file
         from transformers.integrations import integration_utils  # has the Trainer's TensorBoard callback
         from transformers.trainer_utils import get_last_checkpoint, speed_metrics  # newest checkpoint; speeds
     except ImportError as missing:  # a fresh machine, or half an installation
         die(f"{missing}: pip install -r requirements.txt", status=1)  # the command that helps in both cases
 
-# ── Processes ────────────────────────────────────────────────────────────────────────────────────────────────────────
-# A launcher starts one process, a rank, for each device. Before the training the ranks wait for each other
-# for hours if need be, compare what they are about to do, and end together if one of them fails. In training
-# a rank that dies closes its connections, which ends those that wait for it; a silent one ends them after
-# --ddp_timeout. NCCL carries gradients between GPUs, gloo all else. tools/launch.py watches the machines.
-
+# ── Processes ──────────────────────────────────────────────────────────────────────────────────────
+# A launcher starts a process, a rank, for each device. Before the training the ranks wait for each other for
+# hours if need be, compare what they are about to do, and end together if one fails. In training a rank that
+# dies closes its connections, which ends the others; a silent one ends them after --ddp_timeout. NCCL carries
+# gradients between GPUs, gloo all else. tools/launch.py watches the machines.
 @dataclass  # Python writes __init__() from the fields
 class Ranks:  # the processes of this run on all machines; a single one exchanges nothing
     rank: int = 0  # this process among all, from 0
@@ -349,7 +315,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             if self.size > 1:  # torch fills in the values of all ranks
                 dist.all_gather_object(values, value, group=self.patient)  # waits up to 12 hours
         except RuntimeError as error:  # gloo's answer to a closed connection
-            die(f"another process was lost ({one_line(error)}); the same command again goes on", 1)  # 1: worth a retry
+            die(f"another process was lost ({one_line(error)}); the same command again goes on", 1, True)  # each
         return values  # the same on all ranks
 
     def max(self, number):  # → the largest number (int) of all ranks; called once a step
@@ -359,8 +325,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
         return largest.item()  # the same on all ranks
 
     @contextlib.contextmanager  # for with statements
-    def together(self):  # around each phase before the training
-        """End all ranks when one of them fails, with its sentence and status."""
+    def together(self):  # around each phase before the training: all ranks end when one of them fails
         mine = None  # the error of this rank, if any
         try:  # a phase may fail on one rank only
             yield  # the phase runs here, and raises its error
@@ -368,71 +333,58 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             mine = error  # the other ranks hear of the error first
         words = getattr(mine, "sentence", f"{type(mine).__name__}: {one_line(mine)}")  # else kind and words
         ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: all is well
-        here = [rank for rank, end in enumerate(ends) if end and end[0] == self.machine]  # failed ranks here
-        if isinstance(mine, SystemExit):  # a sentence, perhaps the same on all ranks
-            mine.speaks = self.rank == here[0]  # the first failed rank of a machine speaks
-        if mine:  # this rank has failed
-            raise mine  # with its own status, or its traceback
-        for _, name, status, words in filter(None, ends):  # the first failure ends all other ranks
-            die(f"{name}: {words}", status, SPEAKER and not here)  # silent where a rank here has spoken
+        if isinstance(mine, Exception):  # no SystemExit
+            raise mine  # explained by main(), or printed with its traceback
+        for machine, name, status, words in filter(None, ends):  # the first failure is that of all ranks
+            die(words if machine == self.machine else f"{name}: {words}", status)  # other machines hear the name
 
-    def check_same(self, facts):  # end all ranks, unless facts (dict) are the same everywhere
-        (first, wanted), *others = self.gather((self.name, as_json(facts)))  # rank 0's facts are the measure
-        for name, theirs in others:  # the first rank that differs ends all
-            wrong = [f"{key} is {theirs.get(key)!r} instead of {wanted.get(key)!r}"  # None: the rank has none
-                     for key in wanted | theirs if theirs.get(key) != wanted.get(key)]  # in rank 0's order
-            if wrong:  # else training hangs, or means nothing
-                die(f"{name} differs from {first}: {'; '.join(wrong)}. "  # all differences of this rank
-                    "All machines need the same", 2, SPEAKER)  # one sentence a machine
+    def check_same(self, facts):  # end all ranks, unless facts (dict of JSON values) are the same everywhere
+        (first, wanted), *others = self.gather((self.name, facts))  # rank 0's facts are the measure
+        for name, theirs in others:  # the first rank that differs ends all, as training would hang
+            die_if(theirs != wanted, f"{name} differs from {first}: {differences(wanted, theirs)}. "  # names both
+                   "All machines need the same")
 
 def one_line(error):  # an error's own words, without line breaks
     return " ".join(str(error).split())  # fits into a sentence of die()
+def differences(saved, now):  # → str: a clause for each setting of now that differs from saved (dicts)
+    names = [name for name, value in now.items() if saved.get(name) != value]  # in the order of the flags
+    return "; ".join(f"{name} is {now[name]!r} instead of {saved.get(name)!r}" for name in names)  # None: not saved
 
-def as_json(facts):  # facts as JSON gives them back: enumerations as text, tuples as lists
-    return json.loads(json.dumps(facts, default=str))  # comparable with a manifest
-
-def join_group(args):  # before a device is touched; args may be the SystemExit of a wrong call
-    """Connect the processes of a launcher. Returns: Ranks. Raises: SystemExit(1) if a rank never comes."""
-    rank, local, size = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))  # unset is 0
+def join_group(args):  # → Ranks, connected before a device is touched; args may be the SystemExit of a wrong call
+    rank, local, size = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))  # unset: 0
     if size < 2:  # no launcher, or one that starts a single process
         return Ranks()  # rank 0 of 1, which waits for nobody
-    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):  # launchers set all four
-        die_if(name not in os.environ,  # each process would train by itself, all into one output_dir
-               f"WORLD_SIZE is {size}, but {name} is not set: start several processes with accelerate launch, "
-               "or unset WORLD_SIZE for a single one")
+    missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()  # launchers set all
+    die_if(missing, f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: use accelerate launch, or unset it")  # 4
     ranks = Ranks(rank, rank - local, size, f"rank {rank} on {socket.gethostname()}")  # groups are made below
     cpu = not torch.cuda.is_available() or "--use_cpu" in getattr(args, "given", ())  # no GPU, or --use_cpu
     cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate may ask for the CPU
-    place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"  # where all ranks meet
     if os.environ.get("LOCAL_WORLD_SIZE") != str(size):  # several machines: gloo would trust the host name
-        with contextlib.suppress(OSError, KeyError), socket.socket(type=socket.SOCK_DGRAM) as query:  # or gloo chooses
+        with contextlib.suppress(OSError, KeyError), socket.socket(type=socket.SOCK_DGRAM) as query:  # of UDP
             query.connect((os.environ["MASTER_ADDR"], 9))  # UDP sends nothing: Linux looks up the route
             names = {part.address: name for name, parts in psutil.net_if_addrs().items() for part in parts}  # IP → eth0
             os.environ.setdefault("GLOO_SOCKET_IFNAME", names[query.getsockname()[0]])  # the user's own stays
     seconds = getattr(args, "ddp_timeout", 600)  # the default after a wrong call
     patience = timedelta(seconds=seconds + (0 if cpu else 120))  # gloo gives up first: NCCL gives no reason
     try:  # some rank may never come
-        backend = getattr(args, "ddp_backend", None)  # None: nccl between GPUs, gloo between CPUs
-        state = accelerate.PartialState(cpu, backend=backend, timeout=patience)  # gradients travel here
+        state = accelerate.PartialState(cpu, backend=getattr(args, "ddp_backend", None), timeout=patience)  # gradients
         state.wait_for_everyone()  # NCCL connects only now
         ranks.prompt = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))  # used at each step
         ranks.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for downloads and data
     except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
-        die(f"{size} processes could not connect at {place} "  # the address of rank 0
+        die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "  # rank 0
             f"within --ddp_timeout {seconds} ({one_line(error)})", 1)  # 1: worth a retry
     atexit.register(dist.destroy_process_group)  # the group's threads must end before Python
     return ranks  # all ranks have come
 
-# ── The Trainer's arguments ──────────────────────────────────────────────────────────────────────────────────────────
+# ── The Trainer's arguments ────────────────────────────────────────────────────────────────────────
 HARMLESS = tuple(  # beginnings of flags that change no weights: they may differ when a run goes on
-    "output_dir logging_ log_ save_ eval_ do_ hub_ push_to_hub report_to run_name project trackio_ disable_tqdm debug "
-    "include_ skip_memory_metrics batch_eval_metrics per_device_eval_batch_size prediction_loss_only label_names "
-    "length_column_name dataloader_num_workers dataloader_pin_memory dataloader_prefetch_factor dataloader_persistent "
-    "ddp_timeout ddp_backend ddp_bucket local_rank use_cpu torch_empty resume_ validation_file max_eval_samples "
-    "preprocessing_ cache_dir overwrite_ evaluate_only given trainer_argv".split())  # our own flags come last
+    "output_dir log save_ eval_ do_ hub_ push_ report_to run_name project trackio_ disable_tqdm debug skip_ "
+    "include_ batch_eval per_device_eval prediction_ label_names length_column dataloader_ ddp_ metric_ "
+    "local_rank use_cpu torch_empty resume_ validation_file max_eval preprocessing_ cache_dir overwrite_ "
+    "evaluate_only given trainer_argv".split())  # eval_ and others count if losses steer: see run_settings()
 
-def make_training_arguments(args):  # the Trainer's flags
-    """Turn the command line into transformers.TrainingArguments. Raises: SystemExit(2) with one sentence."""
+def make_training_arguments(args):  # → transformers.TrainingArguments, vetted, or a sentence
     cpu = not torch.cuda.is_available()  # True: the same command trains on the CPU
     die_if(cpu and (args.fp16 or args.use_flash_attention),  # made for GPUs alone
            "--fp16 and --use_flash_attention need a GPU; on the CPU use --bf16, or leave them out")
@@ -449,102 +401,69 @@ def make_training_arguments(args):  # the Trainer's flags
         ddp_find_unused_parameters=False,  # every weight is used in every step
         eval_strategy="steps")  # main() sets "no" without validation data
     plan, rest = parser.parse_known_args(args.trainer_argv)  # plan: the fields of TrainingArguments
-    if rest:  # "--bf16 true", or a file without its flag
-        die(f"{rest[0]!r} belongs to no flag: put --train_file or another before it, or leave it out")  # the first word
+    for word in rest:  # "--bf16 true", or a file without its flag
+        die(f"{word!r} belongs to no flag: put --train_file or another before it, or leave it out")  # the first
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
-        die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true",  # set by accelerate launch
-               f"accelerate's {name} {PARTIAL}")
-    die_if(plan.max_steps < 1 and plan.max_steps != -1,  # -1 stands for not given
-           f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")
-    for flag in ("load_best_model_at_end", "eval_on_start"):  # both evaluate, which needs a validation split
-        die_if(getattr(plan, flag) and not (args.validation_file or args.dataset_name),  # no validation data
-               f"--{flag} needs validation data: give --validation_file")
-    saves = (plan.save_strategy, plan.save_steps * (plan.save_strategy == "steps"))  # when checkpoints come
-    looks = (plan.eval_strategy, plan.eval_steps * (plan.eval_strategy == "steps"))  # when evaluations come
-    die_if(plan.load_best_model_at_end and saves != looks,  # the best model could be in no checkpoint
-           "--load_best_model_at_end needs a checkpoint of each evaluation: make --save_strategy equal to "
-           "--eval_strategy, and --save_steps equal to --eval_steps")
-    measure = (plan.metric_for_best_model or "loss").removeprefix("eval_")  # the Trainer takes both spellings
-    die_if(measure not in ("loss", "perplexity"),  # no other measure is computed
-           f"--metric_for_best_model {measure}: choose loss or perplexity")
-    if measure == "perplexity" and plan.greater_is_better is None:  # the Trainer would maximize a perplexity
-        plan.greater_is_better = False  # else the Trainer loads the worst model
+        die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # each
+    apart = plan.save_strategy == "steps" and plan.save_steps != plan.eval_steps  # some evaluation has no checkpoint
+    die_if(plan.load_best_model_at_end and apart,  # the best model could be lost
+           "--load_best_model_at_end needs a checkpoint of each evaluation: make --save_steps equal to --eval_steps")
     if not args.evaluate_only:  # the Trainer shall not reach published checkpoints
         plan.output_dir = join(args.output_dir, ".staging")  # on_save() publishes what is whole
     try:  # TrainingArguments check combinations of their own
         made = transformers.TrainingArguments(**vars(plan))  # from here on the device is known
+        for reporter in integration_utils.get_reporting_integration_callbacks(made.report_to):  # of --report_to
+            reporter()  # RuntimeError where its package is missing
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # any flag's fault
         die(f"the Trainer does not accept these flags: {one_line(error)}")  # in the Trainer's own words
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
-        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses several")  # N GPUs
+        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")  # others idle
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
-    for flag in INEXACT.intersection(args.given):  # allowed: some data is too large to skip
-        log0(f"note     {flag}: a stopped run may go on with other data than it would have had")  # weights may differ
     if made.use_liger_kernel:  # Liger's layers are welcome, its loss would replace ours
-        made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # no loss of Liger's
+        made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss is off
     return made  # vetted; its device is set up
 
-def check_plan(args, training_args, ranks):  # called where there are several processes
-    """End all ranks unless all machines have the same flags and versions, and see the same output_dir."""
+def check_plan(args, training_args, ranks):  # ends all ranks, unless machines agree and share output_dir
     own = ("given", "trainer_argv", "cache_dir", "preprocessing_num_workers", "local_rank")  # a machine's own
     flags = training_args.to_dict() | vars(args)  # the Trainer's flags and ours
     facts = {f"--{name}": value for name, value in flags.items() if name not in own}  # even harmless flags
-    facts |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}  # the same versions
-    facts |= {"main.py": sha256(__file__)[:12], "Python": sys.version.split()[0]}  # the same code everywhere
+    facts |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}  # packages
+    facts |= {"main.py": checksum(__file__, True)["checksum"], "Python": sys.version.split()[0]}  # same code
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate divides --num_processes by machines
         facts["processes a machine (--num_processes)"] = os.environ.get("LOCAL_WORLD_SIZE")  # a slip shows up
-    ranks.check_same(facts)  # ends all ranks where facts differ
-    path = join(args.output_dir, f".probe-{os.environ['MASTER_PORT']}")  # a name that no other run uses
-    with ranks.together():  # the file is there before any rank looks
-        if ranks.rank == 0:  # rank 0 makes the file, all ranks look
-            open(path, "w").close()  # an empty file is enough
-    until = time.time() + 10  # network storage may take seconds to show it
-    while not exists(path) and time.time() < until:  # most often the file is seen at once
-        time.sleep(0.5)  # seconds: the storage is not flooded
-    seen = ranks.gather((ranks.name, args.evaluate_only or exists(path)))  # --do_eval: only rank 0 writes
-    if ranks.rank == 0:  # rank 0 made the file
-        os.remove(path)  # the directory is as it was
-    for name in [name for name, sees in seen if not sees]:  # each rank writes a part of every checkpoint
-        die(f"{name} does not see what rank 0 writes in --output_dir {args.output_dir}: "  # a local disk
-            "it has to be on storage that all machines share", 2, SPEAKER)  # one sentence a machine
+    ranks.check_same(json.loads(json.dumps(facts, default=str)))  # enumerations as text
+    probe = tempfile.NamedTemporaryFile(dir=args.output_dir, prefix=".probe-")  # removed at the function's end
+    path = join(args.output_dir, ranks.gather(basename(probe.name))[0])  # the one that rank 0 has made
+    until = time.time() + 10  # network storage may take seconds to show a file
+    with ranks.together():  # each rank writes a part of every checkpoint
+        while not (exists(path) or args.evaluate_only):  # with --do_eval only rank 0 writes
+            time.sleep(0.5)  # seconds: the storage is not flooded
+            die_if(time.time() > until, f"--output_dir {args.output_dir} does not show what rank 0 writes "  # 10 s
+                   "there: it has to be on storage that all machines share")
 
 def run_settings(args, training_args):  # → {name: JSON value} of the flags that decide the final weights
     flags = vars(args) | training_args.to_dict()  # defaults included, ours and the Trainer's
-    plateau = training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")  # losses steer the rate
-    best = plateau or training_args.load_best_model_at_end  # else evaluations change no weights
-    looks = ("validation_file", "max_eval_samples", "eval_", "save_st") if best else ()  # save_strategy and save_steps
+    steered = training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")  # losses steer the rate
+    steered |= training_args.load_best_model_at_end  # else evaluations change no weights
+    looks = ("validation_file", "max_eval_samples", "eval_", "save_st") if steered else ()  # save_st: strategy, steps
     settings = {name: value for name, value in flags.items()  # about 70 stay
                 if not name.startswith(HARMLESS) or name.startswith(looks)}  # harmless flags may still change
-    settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # from the launcher
+    settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # by the launcher
     for name in {"train_file", "validation_file"} & settings.keys():  # fingerprints() compares every id later
-        settings[name] = [f"{basename(path)} ({getsize(path):,} bytes)" for path in flags[name]]  # files may move
+        settings[name] = [f"{basename(path)} ({getsize(path):,} bytes)" for path in flags[name]]  # a file may move
     settings["model_name_or_path"] = basename(args.model_name_or_path.rstrip(os.sep))  # the model may move
-    return as_json(settings)  # comparable with a manifest
+    return json.loads(json.dumps(settings, default=str))  # as a manifest gives them back
 
-# ── Checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Checkpoints ────────────────────────────────────────────────────────────────────────────────────
 # The Trainer saves into .staging; on_save() publishes what is whole. What a kill may leave, at any instant:
-#
 #   .staging/checkpoint-N ──rename──▶ checkpoint-N ──rename──▶ unused-checkpoint-N: damaged, or left behind
 #     half made: the next start               └──────rename──▶ .trash-checkpoint-N: beyond --save_total_limit,
 #     removes it                                               perhaps half deleted: the next start goes on
-#
 #  1. A directory gets the name checkpoint-N by a rename, when all of it is on the disk: whole, or absent.
-#  2. Its manifest.json holds size and SHA-256 of each file and of itself; all are verified before use.
+#  2. Its manifest.json holds size and SHA-256 of each file; all are verified before use.
 #  3. A checkpoint is never written into again; what is found damaged is set aside, never deleted.
-#  4. output_dir has its own manifest.json when the finished model is there: the last file to arrive.
+#  4. The finished model is in output_dir, with a manifest.json; model.safetensors is the last file to arrive.
 #  5. One process, rank 0 with the lock on output_dir, decides, renames and deletes.
-
-@dataclass  # asdict() writes the fields into manifests
-class Progress:  # in each manifest: how far the run has come over all its calls
-    step: int = 0  # optimizer steps made so far
-    max_steps: int = 0  # number of the step that ends the run
-    seconds: float = 0.0  # training time of all calls
-    tokens: int = 0  # tokens trained on, by all ranks
-    loss: float = 0.0  # sum of token losses up to the last log line
-    learnt: float = 0.0  # tokens whose losses are summed in `loss`
-    tail: tuple = (0.0, 0.0)  # sum of losses, number of tokens since the last log line
-    best: str | None = None  # checkpoint for --load_best_model_at_end, relative to output_dir
-
 @dataclass  # made once, by main()
 class Run:  # who this run is; settings, versions and chosen are in each manifest
     settings: dict  # flags, data and model that decide the weights: none may differ
@@ -558,98 +477,78 @@ class Run:  # who this run is; settings, versions and chosen are in each manifes
 @dataclass  # made by verify(), returned by find_checkpoint()
 class Resume:  # where this call goes on from
     path: str | None = None  # a checkpoint; output_dir if the run has finished; None: a fresh start
-    manifest: dict = field(default_factory=dict)  # manifest.json in path; empty for a fresh start
-    progress: Progress = field(default_factory=Progress)  # progress field of the manifest, as an object
+    settings: dict = field(default_factory=dict)  # those of the run that has made it
+    versions: dict = field(default_factory=dict)  # torch, transformers and device that it began with
+    chosen: str | None = None  # --resume_from_checkpoint of the call that has made it
+    state: object = None  # transformers.TrainerState: steps made and to come, every log line
+    best: str | None = None  # path of the checkpoint with the best evaluation
 
 def lock_output_dir(output_dir):  # → the open lock file; the lock ends with the process
-    try:  # a full disk shows in open() or print()
-        file = open(join(output_dir, ".lock"), "a+")  # a+ leaves the owner's name in the file
-        try:  # lockf: a lock of flock would live on in forked data loaders
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if another process has the lock
-        except (BlockingIOError, PermissionError):  # another run has the lock: EACCES or EAGAIN
-            file.seek(0)  # a+ opens the file at its end
-            die(f"--output_dir {output_dir} is in use by {file.read().strip()}: "  # names process and host
-                "wait, or choose another", 1)  # status 1: may work later
-        except OSError as error:  # a file system without locks, such as an old NFS
-            log0(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")  # run goes on
-        file.truncate(0)  # removes the name of the last owner
-        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # who has the lock
-    except OSError as error:  # such as No space left on device
-        die(f"--output_dir {output_dir} cannot be written ({error.strerror}): "  # the reason, from Linux
-            "make space, or choose another", 1)  # status 1: may work later
+    file = open(join(output_dir, ".lock"), "a+")  # a+ leaves the owner's name in the file
+    try:  # lockf: a lock of flock would live on in forked data loaders
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if another process has the lock
+    except BlockingIOError:  # another run has the lock
+        file.seek(0)  # a+ opens the file at its end
+        die(f"--output_dir {output_dir} is in use by {file.read().strip()}: wait, or choose another", 1)  # may end
+    except OSError as error:  # a file system without locks, such as an old NFS
+        log0(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")  # the run goes on
+    file.truncate(0)  # removes the name of the last owner
+    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # who has the lock
     return file  # main() keeps the file open until the process ends
-
-def check_lock(run):  # before anything is written: output_dir may have been moved or removed
-    path = join(run.output_dir, ".lock")  # another run may have made this file anew
-    if run.lock and not (exists(path) and os.path.samestat(os.fstat(run.lock.fileno()), os.stat(path))):  # not our file
-        die(f"--output_dir {run.output_dir} was moved or removed during the run: what was saved before "  # stop at once
-            "is where it was moved to; put it back, and the same command goes on", 1)  # 1: may work later
-
-def sha256(path):  # → str; at 1.8 GB/s a checkpoint takes two seconds
-    digest = hashlib.sha256()  # hashlib.file_digest needs Python 3.11
-    with open(path, "rb") as file:  # bytes as they are on the disk
-        while block := file.read(1 << 20):  # 1 MiB at a time: memory stays flat
-            digest.update(block)  # hashlib computes in C
-    return digest.hexdigest()  # 64 hexadecimal digits
 
 def fsync(path):  # wait until a file or directory is on the disk: a rename must not overtake it
     handle = os.open(path, os.O_RDONLY)  # a directory can be opened for reading, too
     os.fsync(handle)  # now; Linux alone would take half a minute
     os.close(handle)  # else a long run would use up all handles
 
-def seal_of(facts):  # SHA-256 of a manifest (dict), stored in the manifest itself
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()  # equal dicts, equal text
-
-def write_manifest(folder, run, progress):  # seal a folder and flush it to the disk; a rename comes next
-    facts = {"settings": run.settings, "versions": run.versions, "chosen": run.chosen,  # who the run is
-             "progress": asdict(progress)}  # how far the run has come
+def write_manifest(folder, run):  # seal a folder and flush it to the disk; a rename comes next
+    lock = join(run.output_dir, ".lock")  # another run may have made this file anew
+    if not exists(lock) or not os.path.samestat(os.fstat(run.lock.fileno()), os.stat(lock)):  # not the file we locked
+        die(f"--output_dir {run.output_dir} was moved or removed during the run: what was saved is where it "  # or gone
+            "was moved to; put it back, and the same command again goes on", 1)  # 1: may work later
+    with open(join(folder, "run.json"), "w") as file:  # who the run is; trainer_state.json says how far it is
+        json.dump({"settings": run.settings, "versions": run.versions, "chosen": run.chosen}, file)  # fields of Resume
     names = [name for name in os.listdir(folder) if not name.endswith("_results.json")]  # results may vanish
-    facts["files"] = {name: [getsize(join(folder, name)), sha256(join(folder, name))] for name in names}  # 2 s for 3 GB
     with open(join(folder, "manifest.json"), "w") as file:  # the last file to be written
-        json.dump(facts | {"sha256": seal_of(facts)}, file)  # on one line, as only programs read manifests
-    mask = os.umask(0o077)  # the only way to read the umask is to set it
-    os.umask(mask)  # puts the user's umask back
+        json.dump({name: checksum(join(folder, name), True) for name in names}, file)  # 2 s for 3 GB
     for path in glob(join(escape(folder), "*")):  # all files, with results and manifest
-        os.chmod(path, 0o666 & ~mask)  # safetensors lets only the owner read
+        shutil.copymode(file.name, path)  # as the umask says: safetensors lets only the owner read
         fsync(path)  # costs 0.2 s for 500 MB
     fsync(folder)  # file names are on the disk before any rename
 
 def verify(folder, chosen=None):  # before a checkpoint or a finished model is trusted
-    """Return (Resume, "") for what is whole and is, or came of, the chosen checkpoint; else (None, what is wrong)."""
+    """Return (Resume, "") for what is whole and is, or came of, the chosen one; else (None, the fault)."""
     try:  # checkpoints of other programs have no manifest
         with open(join(folder, "manifest.json")) as file:  # the last file that write_manifest() wrote
-            manifest = json.load(file)  # settings, versions, chosen, progress, files, sha256
-        if manifest.pop("sha256") != seal_of(manifest):  # a flipped bit, or an edit by hand
-            return None, "its manifest.json was changed"  # nothing in the manifest can be trusted
-        for name, (size, digest) in manifest["files"].items():  # a file that is missing raises OSError
-            if getsize(join(folder, name)) != size or sha256(join(folder, name)) != digest:  # cut, or changed
+            files = json.load(file)  # {name: {"num_bytes": size, "checksum": SHA-256}}
+        for name in {"run.json", "trainer_state.json"} | files.keys():  # KeyError: another program's manifest
+            if checksum(join(folder, name), True) != files[name]:  # OSError for a missing file
                 return None, f"{name} is damaged"  # one damaged file is reason enough
-        resume = Resume(folder, manifest, Progress(**manifest["progress"]))  # TypeError if a field is unknown
-        best = resume.progress.best  # a checkpoint beside this one, or None
-        fault = best and best != basename(folder) and verify(join(dirname(folder), best))[1]  # 2 seconds more
-        if fault:  # the run could not end without its best checkpoint
-            return None, f"the best one, {best}, cannot be used: {fault}"  # fault is that of the best one
-        if chosen not in (None, realpath(folder), manifest["chosen"]):  # not the chosen one, nor made from it
+        with open(join(folder, "run.json")) as file:  # its checksum is right
+            resume = Resume(folder, **json.load(file))  # TypeError: of another version of main.py
+        resume.state = transformers.TrainerState.load_from_json(join(folder, "trainer_state.json"))  # with its log
+        if best := resume.state.best_model_checkpoint:  # None without evaluations, and in a finished model
+            beside = join(dirname(folder), basename(best))  # there also when the run has been moved
+            resume.best = beside if exists(beside) else best  # elsewhere: beside a chosen checkpoint
+            fault = realpath(resume.best) != realpath(folder) and verify(resume.best)[1]  # 2 seconds more
+            if fault:  # the run could not end without its best checkpoint
+                return None, f"the best one, {best}, cannot be used: {fault}"  # fault is that of the best one
+        if chosen not in (None, realpath(folder), resume.chosen):  # neither the chosen one nor made from it
             return None, f"it did not come of {chosen}"  # --resume_from_checkpoint leaves this one behind
-    except (OSError, ValueError, KeyError, TypeError) as error:  # missing, unreadable, not JSON, other fields
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # missing, or not ours
         return None, one_line(error)  # such as "No such file or directory"
     return resume, ""  # every file is as it was written
 
-def find_checkpoint(run):  # rank 0 alone: two choices would train two runs
-    """Return the Resume of what an earlier call has left: the finished run, or the newest checkpoint."""
+def find_checkpoint(run):  # on rank 0 → Resume of the finished run, the newest whole checkpoint, or none
     output_dir = run.output_dir  # a short name for the lines below
-    model = join(output_dir, "model.safetensors")  # the finished model, or a model that is half published
-    if exists(join(output_dir, ".staging", "manifest.json")) and exists(model):  # killed in between
-        os.remove(model)  # this run makes it again
-    for name in os.listdir(output_dir):  # all that earlier calls have left
-        if name.startswith((".staging", ".trash-")):  # half made, or half deleted, by a kill
-            shutil.rmtree(join(output_dir, name), ignore_errors=True)  # gives the disk space back
+    for name in [*glob(".staging*", root_dir=output_dir), *glob(".trash-*", root_dir=output_dir)]:  # left by a kill
+        shutil.rmtree(join(output_dir, name), ignore_errors=True)  # gives the disk space back
     resume, fault = verify(output_dir, run.chosen)  # a finished run has its manifest in output_dir
     if fault and run.chosen:  # fault: no finished run is here; and a checkpoint was chosen
         resume, harm = verify(run.chosen)  # the user's choice is never silently replaced
         die_if(harm, f"--resume_from_checkpoint {run.chosen} cannot be used: {harm}; "  # missing or damaged
                "without the flag the newest whole one is taken")
-        if differences(resume.manifest, run.settings):  # refuse_other_run() will name the differences
+        if differences(resume.settings, run.settings):  # refuse_other_run() will name the differences
             return resume  # before anything has been renamed
     while fault and (path := get_last_checkpoint(output_dir) or run.chosen):  # newest first, chosen one last
         resume, fault = verify(path, run.chosen)  # reads 3.2 GB in two seconds
@@ -659,120 +558,78 @@ def find_checkpoint(run):  # rank 0 alone: two choices would train two runs
                 aside += "-again"  # nothing is ever written over
             os.rename(path, aside)  # renamed: now invisible
             log0(f"warning  {path} is not used ({fault}); set aside as {aside}")  # the next newest is tried
-    die_if(fault and exists(model),  # another run's model
-           f"--output_dir {output_dir} holds a model, which would be written over, and no checkpoint to go "
-           f"on from ({fault}): move it, or choose another directory")
+    die_if(fault and exists(join(output_dir, "model.safetensors")),  # another run's model
+           f"--output_dir {output_dir} holds a model, which would be written over ({fault}): choose another")
     return resume or Resume()  # None from verify(): a fresh start
 
-def differences(manifest, now):  # → str: one clause for each setting of now that differs
-    saved = manifest.get("settings", now)  # a fresh start has no manifest: no difference
-    return "; ".join(f"{name} was {saved.get(name)!r}, is {value!r}"  # None: the manifest lacks the setting
-                     for name, value in now.items() if saved.get(name) != value)  # in the order of the flags
-
-def refuse_other_run(args, run, resume):  # called twice: for the flags, then with data and weights
-    """Return resume; or a fresh one, if its settings are not those of now and its run may be moved aside."""
-    other = differences(resume.manifest, run.settings)  # "" if command, data and model are the same
-    die_if(other and not args.overwrite_output_dir,  # going on would give neither the old run nor the new
-           f"{resume.path} belongs to a run with other settings: {other}. Give the old ones to go on; for a "
-           "new run give another --output_dir (the finished model may be its --model_name_or_path), "
-           "or --overwrite_output_dir to move the old run aside")
-    paths = [args.cache_dir or "", args.model_name_or_path, args.dataset_name or ""]  # or hub names
-    for path in filter(exists, [*args.train_file, *args.validation_file, *paths]):  # files this run reads
-        die_if(other and realpath(path).startswith(join(realpath(run.output_dir), "")),  # it would be moved
-               f"{path} lies in --output_dir {run.output_dir}, which is to be emptied: move it out first")
-    if other and run.ranks.rank == 0:  # rank 0 moves files; all other ranks wait in together()
-        number = 1  # counts up to the first free name
-        while exists(aside := join(run.output_dir, f"previous-{number}")):  # runs that were moved before
-            number += 1  # the next name is tried
-        old = [name for name in os.listdir(run.output_dir) if not name.startswith(("previous-", ".lock"))]  # its files
-        old.sort(key=lambda name: name.startswith(("checkpoint-", "manifest.json")))  # last: a kill may come
-        os.makedirs(aside)  # empty directory for the old run
-        for name in old:  # checkpoints, curves, results, model
-            os.rename(join(run.output_dir, name), join(aside, name))  # nothing is copied or deleted
-        log0(f"The old run was moved to {aside}.")  # a later --output_dir can name this directory
-    return Resume() if other else resume  # files moved: a fresh start; else as found
+def refuse_other_run(run, resume):  # called twice: for the flags, then with data and weights
+    other = resume.path and differences(resume.settings, run.settings)  # "" if nothing differs
+    die_if(other, f"{resume.path} belongs to a run with other settings: {other}. Give the old ones to go on; "  # both
+           "for a new run give another --output_dir (the finished model may be its --model_name_or_path)")
 
 def rotate(output_dir, limit, protected):  # keep the newest `limit` checkpoints and the protected paths
-    names = [name for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # all are whole
+    names = [name for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # all whole
     kept = {realpath(path) for path in protected if path}  # however --output_dir is written
     for name in sorted(names, key=lambda name: int(name[11:]))[:-limit]:  # by step: a copy changes file times
         if realpath(join(output_dir, name)) not in kept:  # neither the best nor the chosen checkpoint
             os.rename(join(output_dir, name), join(output_dir, f".trash-{name}"))  # renamed: now invisible
             shutil.rmtree(join(output_dir, f".trash-{name}"), ignore_errors=True)  # a kill may leave a part
 
-# ── Model and loss ───────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Model and loss ─────────────────────────────────────────────────────────────────────────────────
 # The head multiplies 640 numbers a token by 262,144 words: 63 % of all matrix work. Its result, the logits,
 # would be the largest thing in memory: 1.07 GB for 2,048 tokens in 16 bits, and twice that in the float32 of
 # the softmax. So the loss takes a chunk of tokens at a time and makes their gradients while their logits are
 # there, as Liger's fused linear cross-entropy does (arXiv:2410.10989), but in chunks large enough for a GPU.
-
 LOGITS_BYTES = {"cuda": 2.2e9, "cpu": 0.135e9}  # a chunk: 4,096 tokens in 16 bits on a GPU, 256 on a CPU
 SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens in the float32 softmax at a time, 1 MB each
-VOCABULARY_PART = {"cuda": 32_768, "cpu": 8_192}  # words multiplied at a time: 42 MB of the head in 16 bits, or 10
+VOCABULARY_PART = {"cuda": 32_768, "cpu": 8_192}  # words multiplied at a time: 42 or 10 MB of the head
 HUB_ERRORS = {  # pattern for an exception's kind or message: what to do about it
-    r"(?=.*(GatedRepo|gated dataset)).*(403|Visit the dataset page)":  # a valid token, but no access granted
-    "is gated and your account has no access: accept the terms at {url}",
-    "GatedRepo|gated dataset":  # nobody is logged in: no token
-    "is gated: accept the terms at {url}, then run hf auth login with your token",
+    r"(GatedRepo|gated dataset).*":  # no token, or one of an account without access
+    "is gated: accept the terms at {url}, then run hf auth login with a token of that account",
     "Invalid credentials": "cannot be had: the hub refuses your token; run hf auth login with a new one",  # a bad token
     "RepositoryNotFound|DatasetNotFound":  # a misspelt or a private name
     "cannot be found: the hub knows no such name; check {url} (if private: hf auth login)",
     "ConnectionError|LocalEntryNotFound":  # the hub was tried for half a minute
     "is not in the cache and the hub cannot be reached: check the network, or give a local directory",
-    "EmptyDataset": "is a directory that holds no data files",  # perhaps one directory level too high
-    r"Config name is missing.*configs: \[(?P<configs>.*?)\]":  # a guess could train on the wrong language
-    "has several configurations: choose one with --dataset_config_name: {configs}"}
+    r"Config name is missing.*configs: \[(.*?)\]":  # a guess could train on the wrong language
+    "has several configurations: choose one with --dataset_config_name: {found}"}
 
-@contextlib.contextmanager  # for with statements
-def loading(flag, name, kind=""):  # a model; for data sets kind is "datasets/"
-    """End the run with a sentence on any error of the hub, of its cache or of a broken file."""
-    try:  # the libraries raise a dozen kinds for a handful of reasons
-        yield  # errors of the with block come out here
+def loaded(flag, name, load, *args, **named):  # → load(*args, **named), or a sentence that says what is wrong
+    try:  # the hub's libraries raise a dozen kinds of errors for a handful of reasons
+        return load(*args, **named)  # from the hub, its cache or a directory
     except Exception as error:  # no SystemExit, by which a signal ends the run
         words = one_line(" ".join(traceback.format_exception(error, limit=0)))  # all errors in the chain
-        url = f"{os.environ.get('HF_ENDPOINT', 'https://huggingface.co')}/{kind}{name}"  # page with the terms
+        path = f"/datasets/{name}" if flag == "--dataset_name" else f"/{name}"  # of the page with the terms
+        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + path  # said to the user
         for pattern, sentence in HUB_ERRORS.items():  # the first pattern that fits decides
             if found := re.search(pattern, words):  # may capture the list of configurations
-                configs = found.groupdict().get("configs", "").replace("'", "")  # like "de, en"; else ""
-                die(f"{flag} {name} {sentence.format(url=url, configs=configs)}")  # names case and remedy
+                die(f"{flag} {name} {sentence.format(url=url, found=found[found.re.groups])}")  # case and remedy
         die(f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400]}")  # no pattern fits
 
-def load_tokenizer(name, max_seq_length):  # the first contact with the hub
-    """Return the fast tokenizer of model `name`, whose context must hold max_seq_length. Raises: SystemExit(2)."""
-    with loading("--model_name_or_path", name):  # a wrong name fails before 536 MB are loaded
-        config = transformers.AutoConfig.from_pretrained(name)  # architecture and sizes of the model
-        transformers.utils.cached_file(name, "tokenizer.json")  # if missing, AutoTokenizer makes an empty one
-    with loading("--model_name_or_path", f"{name} (its tokenizer.json)"):  # errors would not name the file
-        tokenizer = transformers.AutoTokenizer.from_pretrained(name)  # 33 MB from the hub, for Gemma 3
-    context = getattr(config.get_text_config(), "max_position_embeddings", max_seq_length)  # 32,768 for 270M
-    die_if(max_seq_length > context,  # positions that the model has never seen
-           f"--max_seq_length {max_seq_length} is longer than the model's context: use {context} or less")
+def load_model(args):  # from the hub, its cache or a directory
+    """Return (tokenizer, model in float32, on the CPU): bfloat16 would lose updates of 2e-5. Raises: SystemExit."""
+    name = args.model_name_or_path  # a hub name or a directory
+    flag = "--model_name_or_path"  # for sentences
+    attention = "flash_attention_2" if args.use_flash_attention else "sdpa"  # sdpa: PyTorch's own kernels
+    config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
+    loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # if missing, an empty one is made
+    tokenizer = loaded(flag, f"{name} (its tokenizer.json)", transformers.AutoTokenizer.from_pretrained, name)  # fast
+    most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
+    die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: the model's context is {most}")  # new
+    model, report = loaded(  # downloads 536 MB the first time
+        flag, name, transformers.AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32,  # master weights
+        attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True)  # fills the report
+    wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # random
+    die_if(wrong, f"{flag} {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # names of weights
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the collator asks; nothing is padded
-    return tokenizer  # puts BOS before each text, no EOS behind
-
-def load_model(name, tokenizer, flash_attention):  # from the hub, its cache or a directory
-    """Load the causal language model `name` with float32 weights, on the CPU. Raises: SystemExit(2).
-
-    float32, because bfloat16's 8 bits lose an update of 2e-5 of a weight: the 16-bit matrix products of --bf16 and
-    --fp16 come from autocast, which leaves these master weights alone.
-    """
-    attention = "flash_attention_2" if flash_attention else "sdpa"  # sdpa: PyTorch's own kernels
-    with loading("--model_name_or_path", name):  # broken files, another kind of model, no network
-        model, report = transformers.AutoModelForCausalLM.from_pretrained(  # downloads 536 MB the first time
-            name, dtype=torch.float32, attn_implementation=attention,  # master weights without rounding
-            ignore_mismatched_sizes=True, output_loading_info=True)  # report lists weights that do not fit
-    wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # names of weights
-    die_if(wrong,  # weights that the file lacks would be random
-           f"--model_name_or_path {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
         model.resize_token_embeddings(len(tokenizer))  # table and head get new rows
-    return model  # the Trainer moves the model to the device
+    return tokenizer, model  # the Trainer moves the model to the device
 
 class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
     """(hidden (N, H), head (V, H), labels (N,), train) → (sum of the losses, losses (N,)), in float32.
 
-    A label of -100 costs and teaches nothing. Only the sum has a gradient; it is made in the forward pass (train).
-    """
+    A label of -100 costs and teaches nothing. Only the sum has a gradient; train: make it, in forward()."""
     @staticmethod  # called on the class, by autograd
     def forward(ctx, hidden, head, labels, train):  # ctx carries the gradients to backward()
         kind = hidden.device.type  # "cuda" or "cpu"
@@ -784,7 +641,7 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
         grad_hidden = torch.empty_like(hidden) if train else None  # (N, H): d sum / d hidden
         grad_head = torch.zeros_like(head, dtype=torch.float32) if train else None  # (V, H): sum in float32
         size = VOCABULARY_PART.get(kind, 8_192)  # small parts stay in the caches of a CPU
-        words = [slice(first, first + size) for first in range(0, len(head), size)]  # 8 parts on a GPU, 32 on a CPU
+        words = [slice(first, first + size) for first in range(0, len(head), size)]  # 8 parts, or 32 on a CPU
         most = LOGITS_BYTES.get(kind, 0.135e9) / (dtype.itemsize * len(head))  # tokens whose logits fit
         rows = math.ceil(len(labels) / math.ceil(len(labels) / max(1, int(most))))  # chunks of similar length
         with torch.autocast(kind, enabled=False):  # each dtype below is chosen by hand
@@ -795,8 +652,8 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
                 for part in words:  # 16-bit copies of the head, a part at a time
                     logits[:, part] = states @ head[part].to(dtype).T  # (rows, part) of the logits
                 # d loss / d logit is p - 1 for the label, p for every other word, with p = softmax(logits).
-                parts = (tensor.split(SOFTMAX_ROWS.get(kind, 16))  # R tokens: 256 on a GPU, else 16
-                         for tensor in (logits, targets[chunk], losses[chunk]))  # views, no copies
+                tensors = (logits, targets[chunk], losses[chunk])  # of a chunk of tokens
+                parts = (tensor.split(SOFTMAX_ROWS.get(kind, 16)) for tensor in tensors)  # views of R tokens
                 for scores, target, loss in zip(*parts, strict=True):  # R tokens: float32 takes 1 MB a token
                     logs = torch.log_softmax(scores, -1, dtype=torch.float32)  # (R, V): log p of every word
                     label = logs.gather(-1, target)  # (R, 1): log p of the label
@@ -806,8 +663,8 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
                 if train:  # logits holds d loss / d logit by now
                     back = torch.zeros(states.shape, device=head.device)  # (rows, H), float32: sum over parts
                     for part in words:  # the whole vocabulary, part by part
-                        back += (logits[:, part] @ head[part].to(dtype)).float()  # (rows, H): d sum / d hidden
-                        grad_head[part] += (logits[:, part].T @ states).float()  # (part, H): adding one dtype is fast
+                        back += (logits[:, part] @ head[part].to(dtype)).float()  # (rows, H): d sum / d states
+                        grad_head[part] += (logits[:, part].T @ states).float()  # (part, H): one dtype is fast
                     grad_hidden[chunk] = back * counted[chunk]  # 0 where the label is -100
         losses *= counted[:, 0]  # 0 where the label is -100
         ctx.mark_non_differentiable(losses)  # losses are for evaluations alone
@@ -821,59 +678,53 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
         return grad_hidden.mul_(upstream), grad_head.mul_(upstream), None, None  # (N, H), (V, H): in place
 
 def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alone: one process, not compiled
-    """Make model(input_ids, labels=…) return {"loss", "token_losses"} without ever holding all logits.
+    """Make model(input_ids, labels=…) return {"loss": scalar, "token_losses": (B, T - 1)}, without all logits.
 
-    `loss` is a scalar: the sum ÷ num_items_in_batch, or the mean over labels other than -100; `token_losses`
-    (B, T - 1), float32, has no gradient. Without labels the model returns logits as ever. Returns: bool, False for a
-    model whose loss is more than a head: it keeps its own.
-    """
+    Returns: bool, False for a model whose loss is more than a head: it keeps its own."""
     own = model.forward  # the original, with all logits
     head = model.get_output_embeddings()  # head.weight is (V, H)
     table = model.get_input_embeddings()  # tied in Gemma 3: row t of (V, H) stands for token t
-    alone = alone and model.config.model_type == "gemma3_text" and table.weight is head.weight  # one tied matrix
-    alone = alone and table.padding_idx is not None  # its row gets no gradient
+    alone = alone and model.config.model_type == "gemma3_text" and table.weight is head.weight  # one matrix
+    alone = alone and head.weight.device.type == "cpu" and table.padding_idx is not None  # a GPU adds in any order
+    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2 has one
+    if not isinstance(head, torch.nn.Linear) or head.bias is not None or softcap:  # more than one matrix
+        return False  # the model keeps its own loss
 
-    def hidden_of(input_ids, **rest):  # (B, T) → the last hidden states (B, T, H)
-        if not (alone and torch.is_grad_enabled() and head.weight.device.type == "cpu"):  # GPUs add in any order
-            return model.base_model(input_ids, **rest).last_hidden_state  # the plain way, all by autograd
-        # A tied table needs no (V, H) gradient of its own: add() adds to the head's, which the loss has made.
-        rows = table(input_ids).detach().requires_grad_()  # (B, T, H): autograd stops here
-        def add(grad):  # (B, T, H): the backward pass ends here
-            grad = grad * table.scalar_embed_scale * (input_ids != table.padding_idx)[..., None]  # as table() would
-            head.weight.grad.index_add_(0, input_ids.flatten(), grad.flatten(0, 1).to(head.weight.dtype))  # into (V, H)
+    # A tied table needs no (V, H) gradient of its own: add() adds to the head's, which the loss has made.
+    def rows_of(input_ids):  # (B, T) → the table's rows (B, T, H), where autograd ends
+        rows = table(input_ids).detach().requires_grad_()  # a leaf
+        def add(grad):  # (B, T, H): the end of the backward pass
+            grad = grad * table.scalar_embed_scale * (input_ids != table.padding_idx)[..., None]  # as table()
+            head.weight.grad.index_add_(0, input_ids.flatten(), grad.flatten(0, 1).to(head.weight.dtype))  # to (V, H)
         rows.register_hook(add)  # autograd calls add() with rows' gradient
-        return model.base_model(inputs_embeds=rows, **rest).last_hidden_state  # inputs_embeds skips the table
+        return rows  # in the place of input_ids
 
     @torch.compiler.disable  # --torch_compile is for the layers
     def loss_of(hidden, labels, items):  # (B, T, H), (B, T), tokens in the step or None
         labels = labels[:, 1:].to(hidden.device)  # (B, T - 1): token t is predicted from all before it
         hidden = hidden[:, :-1].flatten(0, 1)  # (B × (T - 1), H): the last token predicts nothing
-        total, losses = ChunkedLoss.apply(hidden, head.weight, labels.flatten(), torch.is_grad_enabled())  # () and (N,)
+        total, losses = ChunkedLoss.apply(hidden, head.weight, labels.flatten(), torch.is_grad_enabled())  # (), (N,)
         items = (labels != -100).sum().clamp(min=1) if items is None else items  # never 0: 0/0 is no number
         return {"loss": total / items, "token_losses": losses.view(labels.shape)}  # scalar and (B, T - 1)
 
     def forward(input_ids, labels=None, num_items_in_batch=None, **rest):  # the Trainer passes these names
         if labels is None:  # generation asks for logits
             return own(input_ids, **rest)  # the model's own logits
-        return loss_of(hidden_of(input_ids, **rest), labels, num_items_in_batch)  # hidden (B, T, H) → loss
+        rows = alone and torch.is_grad_enabled()  # evaluation has no gradients
+        text = {"inputs_embeds": rows_of(input_ids)} if rows else {"input_ids": input_ids}  # (B, T, H), or (B, T)
+        return loss_of(model.base_model(**text, **rest).last_hidden_state, labels, num_items_in_batch)  # a dict
 
-    softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # Gemma 2 has one
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None or softcap:  # more than one matrix
-        return False  # the model keeps its own loss
     ids = torch.arange(8, device=head.weight.device)[None]  # (1, 8): eight tokens tell two losses apart
     with torch.no_grad():  # finds scaled logits, or a loss of experts
         theirs = own(ids, labels=ids).loss.float()  # scalar: mean loss by the model's own head
-        same = torch.isclose(theirs, forward(ids, labels=ids)["loss"],  # scalar: mean loss by ChunkedLoss
-                             rtol=1e-3, equal_nan=True).item()  # room for 16-bit rounding
+        ours = forward(ids, labels=ids)["loss"]  # scalar: mean loss by ChunkedLoss
+    same = torch.isclose(theirs, ours, rtol=1e-3, equal_nan=True).item()  # room for 16-bit rounding
     model.forward = forward if same else own  # on this object; accelerate wraps autocast around it
     return same  # False: make_trainer() prints a note
 
-class LeanNorm(torch.autograd.Function):  # six norms in each layer of Gemma 3
-    """(x (…, D), weight (D,), eps) → x ÷ its root mean square × (1 + weight), as Gemma 3's RMSNorm computes it.
-
-    Keeps x alone for the backward pass; autograd would also keep the normalized values in float32, a third of all
-    activations. The same values to the last bit; the gradient is that of the paper (arXiv:1910.07467), with 1 + weight.
-    """
+# Six norms in each layer: the same to the last bit, but only x is kept: a third of all activations less.
+class LeanNorm(torch.autograd.Function):  # in the place of Gemma3RMSNorm's forward()
+    """(x (…, D), weight (D,), eps) → x ÷ root mean square × (1 + weight), Gemma 3's RMSNorm (arXiv:1910.07467)."""
     @staticmethod  # called on the class, by autograd
     def forward(ctx, x, weight, eps):  # eps: keeps a row of zeros finite
         wide = x.float()  # squares of 16-bit numbers need more digits
@@ -890,23 +741,13 @@ class LeanNorm(torch.autograd.Function):  # six norms in each layer of Gemma 3
         grad_x = scale * (slope - normed * (slope * normed).mean(-1, keepdim=True))  # scale depends on x, too
         return grad_x.type_as(x), grad_weight.type_as(weight), None  # eps has no gradient
 
-def use_lean_norms(model):  # replaces Gemma 3's RMSNorm; other norms stay as they are
-    for norm in model.modules():  # 109 of the modules are norms in Gemma 3 270M
-        if type(norm).__name__ == "Gemma3RMSNorm":  # other models multiply by weight, not by 1 + weight
-            norm.forward = lambda x, norm=norm: LeanNorm.apply(x, norm.weight, norm.eps)  # set on this object
-
-# ── Data: read ─▶ tokenize ─▶ pack ───────────────────────────────────────────────────────────────────────────────────
+# ── Data: read ─▶ tokenize ─▶ pack ─────────────────────────────────────────────────────────────────
 # Text becomes chunks of one length, without padding: each token read is in one chunk, or in the report.
 # Each step is cached in memory-mapped Arrow files: memory stays flat, and the next run starts at once.
-
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer, whose working memory is about 100 times that
 
 def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool): remake what the cache holds
-    """Read, tokenize and pack the training and validation text. Raises: SystemExit(2) with one sentence.
-
-    Returns: (train, validation), each a memory-mapped datasets.Dataset whose one column `input_ids` holds lists of
-        max_seq_length int32 ids, or None where there is no data.
-    """
+    """Return (train, validation): datasets.Dataset or None, `input_ids` of max_seq_length int32 each."""
     files = {"train": args.train_file, "validation": args.validation_file}  # lists of paths, [] if not given
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}  # None: all chunks
     if args.evaluate_only:  # --do_eval without --do_train
@@ -915,87 +756,70 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
     schema = datasets.Features({"text": datasets.Value("large_string")})  # 64-bit offsets: texts of gigabytes
     for split in [split for split in files if files[split]]:  # all files are read first: faults show early
         kwargs = {"files": tuple(files[split]), "column": args.text_column}  # datasets would split up a list
-        texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # one row a text
-    chunks = {"train": None, "validation": None}  # None where there is no such data
+        texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # a row a text
+    chunks = {}  # split → Dataset of chunks
     for split in list(texts):  # list(): pop() shrinks texts in the loop
         packed = pack_split(split, texts.pop(split), tokenizer, args, rebuild)  # pop lets go of the text
         chunks[split] = packed.take(min(limits[split] or len(packed), len(packed)))  # a view, no copy
         if len(chunks[split]) < len(packed):  # --max_train_samples or --max_eval_samples is in force
             log0(f"{split}: only the first {limits[split]:,} of {len(packed):,} chunks are used")  # never in silence
-    return chunks["train"], chunks["validation"]  # memory-mapped Datasets, or None
+    return chunks.get("train"), chunks.get("validation")  # memory-mapped
 
 def load_named_dataset(args, wanted):  # wanted: names of splits, of which the first must be there
-    """Return {split: Dataset of the text column alone} of --dataset_name: on the hub, in its cache, or a directory."""
-    name = DATASET_ALIASES.get(args.dataset_name, args.dataset_name)  # "wikitext" → its present hub name
+    """Return {split: Dataset of the text column} of --dataset_name, from the hub or a directory."""
+    name = {"wikitext": "Salesforce/wikitext"}.get(args.dataset_name, args.dataset_name)  # its present name
     config = args.dataset_config_name  # None without the flag
-    if name == WIKITEXT and not config:  # the example that everybody starts with
-        config = WIKITEXT_CONFIG  # wikitext-103 has 50 times as much text
+    if name == "Salesforce/wikitext" and not config:  # the example that everybody starts with
+        config = "wikitext-2-raw-v1"  # untouched text; wikitext-103 has 50 times as much
         log0(f"{name}: no --dataset_config_name given, taking {config}.")  # no choice is made in silence
     saved = isfile(join(name, "state.json")) or isfile(join(name, "dataset_dict.json"))  # from save_to_disk()
-    die_if(saved and config,  # a saved data set has no configurations
-           f"--dataset_config_name {config}: {name} is one saved data set; leave the flag out")
-    with loading("--dataset_name", name, "datasets/"):  # unknown names, gated data, no network
-        load = datasets.load_from_disk if saved else datasets.load_dataset  # gives a Dataset or a DatasetDict
-        loaded = load(name) if saved else load(name, config, cache_dir=args.cache_dir)  # downloaded only once
-    loaded = loaded if isinstance(loaded, dict) else {"train": loaded}  # a lone Dataset is training data
-    die_if(wanted[0] not in loaded,  # no other split is taken in silence
-           f"--dataset_name {name} has no {wanted[0]} split, only {', '.join(loaded)}: "
-           "give files instead, with --train_file and --validation_file")
-    splits = {split: loaded[split] for split in wanted if split in loaded}  # never the test split
+    die_if(saved and config, f"--dataset_config_name {config}: {name} is one saved data set; leave it out")  # no choice
+    if saved:  # a Dataset or a DatasetDict
+        data = loaded("--dataset_name", name, datasets.load_from_disk, name)  # memory-mapped
+    else:  # on the hub, or a directory of data files
+        data = loaded("--dataset_name", name, datasets.load_dataset, name, config, cache_dir=args.cache_dir)  # once
+    data = data if isinstance(data, dict) else {"train": data}  # a lone Dataset is training data
+    die_if(wanted[0] not in data,  # no other split is taken in silence
+           f"--dataset_name {name} has no {wanted[0]} split, only {', '.join(data)}: give --{wanted[0]}_file instead")
+    splits = {split: data[split] for split in wanted if split in data}  # never the test split
     for split, rows in splits.items():  # each split must have the text column
         check_column(f"{name}, split {split}", args.text_column, rows.column_names)  # the usual first mistake
         kind = rows.features[args.text_column]  # the column's type: Value, List, Image and so on
         kind = getattr(kind, "dtype", type(kind).__name__)  # "int64" or "null" of a Value, else "List"
         die_if(kind not in ("string", "large_string"),  # numbers, lists, nulls, pictures
-               f"{name}, split {split}: column {args.text_column!r} holds {kind}, not text; choose with --text_column")
+               f"{name}, split {split}: column {args.text_column!r} holds {kind}, not text: see --text_column")
         splits[split] = rows.select_columns([args.text_column])  # other columns are not read from the disk
     return splits  # memory-mapped: nothing is in memory so far
 
-def cached(name, generator, kwargs, cache_dir, rebuild, features=None):  # used for rows and for chunks
-    """Return a datasets.Dataset of what generator(**kwargs) yields, made once and then memory-mapped from the cache.
-
-    It is made again when one of kwargs["files"] or the generator's code has changed. This is Dataset.from_generator,
-    which has no switch to do it again. features: the schema of a row; None takes that of the first rows.
-    """
+# Dataset.from_generator with a switch to do it again; the key changes with files and generator's code.
+def cached(name, generator, kwargs, cache_dir, rebuild, features=None):  # → Dataset of generator(**kwargs)
     versions = [(getsize(path), os.stat(path).st_mtime_ns) for path in kwargs["files"]]  # in bytes and in ns
-    key = Hasher.hash((generator, kwargs, versions))  # the key changes with the generator's code, too
-    builder = Generator(config_id=f"{name}-{key}", generator=generator, gen_kwargs=kwargs,  # id: cache folder
-                        split=name, cache_dir=cache_dir, features=features)  # the folder appears when whole
+    key = Hasher.hash((generator, kwargs, versions))  # names the folder in the cache
+    builder = Generator(config_id=f"{name}-{key}", generator=generator, gen_kwargs=kwargs,  # id: the folder's name
+                        split=name, cache_dir=cache_dir, features=features)  # None: as in the first rows
     builder.download_and_prepare(download_mode="force_redownload" if rebuild else None)  # skipped when cached
-    return builder.as_dataset(split=name)  # read from the disk only where touched
+    return builder.as_dataset(split=name)  # memory-mapped: read from the disk only where touched
 
 def read_texts(files, column):  # a generator: in memory is one row, or one JSON array
-    """Yield {"text": str or None} for every row of the files, in order. Raises: SystemExit(2), with file and place.
-
-    .txt: a line is a text, its line break kept. .csv: the header names the columns. .json: an array of objects, or an
-    object a line, as in .jsonl. A null counts as a blank row later.
-    """
-    rows = 0  # rows of all files so far
+    """Yield {"text": str or None} for every row of the files, in order. Raises: SystemExit(2), with the place."""
+    rows = 0  # rows of all files so far, blank ones too
     for path in files:  # formats may be mixed
         kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # such as ".jsonl", also for x.jsonl.gz
         reader = {".txt": read_lines, ".csv": read_csv}.get(kind, read_json)  # datasets would read "NA" as null
-        numbers = kind == ".csv"  # stays true while every text is a number
         for place, row in reader(path):  # place (str) names file and line; datasets' errors do not
-            rows += 1  # blank rows count, too
+            rows += 1  # an empty file is an error below
             row = {column: row} if kind == ".txt" else row  # .txt is the one format without columns
             if not isinstance(row, dict):  # a bare string, number or list
-                die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # with an example
-            header = f"{path}, line 1" if kind == ".csv" else place  # where the names of columns stand
-            check_column(header, column, row)  # in each row: a name may change half-way
+                die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # by example
+            check_column(f"{path}, line 1" if kind == ".csv" else place, column, row)  # names may change half-way
             text = row[column]  # str or None, if the file is right
             if not isinstance(text, str | None):  # numbers and lists are no text
                 die(f"{place}: column {column!r} holds {json.dumps(text)[:60]}, not text; "  # as in the file
                     "choose another with --text_column, or put quotes around it")
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
-                die(f"{place}: the text has half a character, an escape from \\ud800 "  # JSON lets it pass
-                    "to \\udfff without its other half; remove it")
-            numbers = numbers and re.fullmatch(r"\s*[+-]*\d*(\.\d*)?\s*", text) and row  # "-1.5", or a blank
-            yield {"text": text}  # one row of the cache
-        if isinstance(numbers, dict):  # every text is a number: ids or prices, surely not meant
-            die(f"{path}: column {column!r} holds only numbers or blanks, not text; "  # numbers teach nothing
-                f"choose another with --text_column (columns: {', '.join(numbers)})")
-    die_if(not rows,  # a lone .csv header; a .json file of "[]" or of blank lines
-           f"{', '.join(files)}: no rows, so nothing to train on; check how the file was written")
+                die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")  # JSON lets it pass
+            yield {"text": text}  # one row of the cache; null counts as blank later
+    die_if(not rows, f"{', '.join(files)}: no rows, so nothing to train on; check how it was written")  # a lone header
 
 def read_lines(path):  # → (place, line); a line ends with \n; the file may be gzipped, and larger than memory
     unpack = gzip.open if path.endswith(".gz") else open  # gzip.open and open take the same arguments
@@ -1023,8 +847,7 @@ def read_csv(path):  # → (place, {column: str}); values in quotes may span lin
             if row and len(row) != len(header):  # too many or too few cells: the text's is unknown
                 die(f"{path}, line {rows.line_num}: {len(row)} values, but the header "  # where the row ends
                     f"has {len(header)}; texts with commas or line breaks need double quotes around them")
-            cells = row or [""] * len(header)  # an empty line is a blank row
-            yield f"{path}, line {rows.line_num}", dict(zip(header, cells, strict=True))  # a cell per column
+            yield f"{path}, line {rows.line_num}", dict(zip(header, row or [""] * len(header), strict=True))  # or blank
     except csv.Error as error:  # a quote left open, or text behind a closed one
         die(f"{path}, line {rows.line_num}: broken CSV: {error}")  # "unexpected end of data": an open quote
 
@@ -1049,7 +872,7 @@ def check_column(place, column, columns):  # place (str): where, for the sentenc
             f"columns: {', '.join(names) or 'none'}; choose one with --text_column")
 
 def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of report for the split
-    """Tokenize and pack rows, a Dataset of one column, and report what became of each. Returns: Dataset of chunks."""
+    """Tokenize and pack rows (a Dataset of one column), report what became of them. Returns: Dataset of chunks."""
     recipe = (tokenize_texts, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), args.add_eos)  # decides all ids
     key = Hasher.hash(recipe)  # hashing the tokenizer object would take four seconds
     folder = os.path.expanduser(args.cache_dir or datasets.config.HF_DATASETS_CACHE)  # data may be read-only
@@ -1062,7 +885,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of rep
         features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),  # 4 bytes an id
         num_proc=args.preprocessing_num_workers, load_from_cache_file=not rebuild,  # None: no extra process
         cache_file_name=join(folder, f"tokenized-{key}.arrow"), new_fingerprint=key)  # found again by the key
-    die_if(not len(tokenized), f"the {split} data holds no text: all {len(rows):,} rows are blank or null")  # all blank
+    die_if(not len(tokenized), f"the {split} data holds no text: all {len(rows):,} rows are blank or null")  # no text
     length = args.max_seq_length  # T, the tokens of a chunk
     sizes = pc.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each text, int32
     kept = sizes if args.no_truncation else sizes.clip(max=length)  # tokens of each text that are packed
@@ -1072,29 +895,22 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of rep
          f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept = "
          f"{total // length:,} chunks of {length:,} + {total % length:,} tokens dropped at the end")
     if lost > 0.2 * sizes.sum():  # long documents, of which only the beginnings are learnt
-        log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: "  # over a fifth
-             "--no_truncation keeps them")
+        log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: see --no_truncation")  # said
     die_if(total < length,  # text for less than one chunk
-           f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: add text, or use "
+           f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: add text, or give "
            f"--max_seq_length {total} or less")
     files = tuple(file["filename"] for file in tokenized.cache_files)  # one for each process that tokenized
     kwargs = {"files": files, "length": length, "truncate": not args.no_truncation}  # part of the cache's key
     return cached(f"{split}_chunks", group_texts, kwargs, args.cache_dir, rebuild)  # chunks of int32 ids
 
 def tokenize_texts(texts, tokenizer, eos):  # called by datasets.map, maybe in several processes
-    """Map list[str or None] to {"input_ids": list[list[int]]}, blank texts left out; eos (list[int]) ends each text.
-
-    The tokenizer puts Gemma's BOS before each. Truncation comes in group_texts: another length, the same ids.
-    """
+    """Map list[str or None] to {"input_ids": list[list[int]]}: BOS, text, eos (list[int]); no blank texts."""
     texts = [text for text in texts if text and not text.isspace()]  # a blank text would be a lone BOS
-    ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []  # one list a text
-    return {"input_ids": [row + eos for row in ids]}  # lists of their own lengths, with EOS if asked for
+    ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []  # a list a text
+    return {"input_ids": [row + eos for row in ids]}  # not cut: that is for group_texts
 
-def group_texts(files, length, truncate):  # texts of any length → chunks of one length, without padding
-    """Concatenate all texts and yield {"input_ids": chunk}, chunk an int32 array of exactly `length` ids.
-
-    files (sequence of str): Arrow files of tokenized texts; truncate (bool): at most `length` ids of each text.
-    """
+def group_texts(files, length, truncate):  # Arrow files of tokenized texts → chunks, without padding
+    """Concatenate all texts, or `length` ids of each at most; yield {"input_ids": int32 array (length,)}."""
     tail = np.empty(0, dtype=np.int32)  # ids that are in no chunk yet: fewer than length
     for path in files:  # texts stay in their order
         with pa.OSFile(path) as source, pa.ipc.open_stream(source) as batches:  # streamed: memory stays flat
@@ -1105,10 +921,9 @@ def group_texts(files, length, truncate):  # texts of any length → chunks of o
                 yield from ({"input_ids": chunk} for chunk in ids[:whole].reshape(-1, length))  # one row each
                 tail = ids[whole:]  # first in the next batch; in the end, what the report calls dropped
 
-def fingerprints(model, train, validation):  # → {"model", "train_data", "validation_data": SHA-256}: no flag tells
-    config = model.config.to_dict()  # holds the sliding window's width and more
-    for name in ("transformers_version", "_name_or_path", "use_cache", "dtype"):  # keys that change no result
-        config.pop(name, None)  # None: some configs lack a key
+def fingerprints(model, train, validation):  # → {"model", "train_data", "validation_data": SHA-256}
+    odd = ("transformers_version", "_name_or_path", "use_cache", "dtype")  # keys that change no result
+    config = {key: value for key, value in model.config.to_dict().items() if key not in odd}  # the window and more
     sums = {"model": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())}  # the weights follow
     for weight in model.parameters():  # finds a model directory that was changed in between
         sums["model"].update(weight.detach().numpy().data)  # float32, still on the CPU: half a second
@@ -1118,7 +933,7 @@ def fingerprints(model, train, validation):  # → {"model", "train_data", "vali
             sums[name].update(chunks.flatten().to_numpy().data)  # lengths need no hash: all are equal
     return {name: digest.hexdigest()[:16] for name, digest in sums.items()}  # 16 hex digits: 64 bits
 
-# ── Training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+# ── Training ───────────────────────────────────────────────────────────────────────────────────────
 PEAKS = {  # dense 16-bit TFLOP/s that the makers state; the first whole word of the device's name counts
     "H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "A100": 312, "A40": 149.7,  # Hopper and Ampere
     "L40S": 362, "L4": 121, "V100": 125, "RTX 4090": 165, "RTX 3090": 71, "RTX A6000": 155}  # A4000 is no A40
@@ -1129,91 +944,69 @@ def peak_flops(args):  # TrainingArguments → 16-bit FLOP/s of all devices; 0 i
     return args.world_size * 1e12 * next(  # in FLOP/s, the sum over all ranks
         (PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b", name)), 0)  # "H100 PCIe" before "H100"
 
-def flops_per_token(config, parameters, length):  # config of the text model; parameters: a tied head once
-    """Return the floating-point operations to train on one token of a chunk of `length` tokens.
-
-    As in appendix B of PaLM (arXiv:2204.02311): 6 a matrix weight, and causal attention, here with a sliding window.
-    """
-    width = (getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)  # 256 for Gemma 3
-             * config.num_attention_heads)  # 1,024 for the four heads of Gemma 3 270M
+def flops_per_token(model, length):  # FLOPs of training on a token of a chunk: 6 a weight, and attention
+    config = model.config.get_text_config()  # the formula is that of PaLM's appendix B (arXiv:2204.02311)
+    width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)  # 256 for Gemma 3
     kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers  # 15 sliding, 3 full
     windows = {"sliding_attention": config.sliding_window or length}  # 512 tokens; elsewhere the whole chunk
     seen = [min(length, windows.get(kind, length)) for kind in kinds]  # tokens each layer can look back
-    attention = sum(12 * width * (back - back * (back - 1) / 2 / length) for back in seen)  # mean over tokens
+    back = sum(window - window * (window - 1) / 2 / length for window in seen)  # mean over tokens, all layers
     lookup = (not config.tie_word_embeddings) * config.vocab_size * config.hidden_size  # rows are only read
-    return 6 * (parameters - lookup) + attention  # 1.73e9 for Gemma 3 270M at 2,048 tokens
+    return 6 * (model.num_parameters() - lookup) + 12 * width * config.num_attention_heads * back  # 1.73e9 for 270M
 
-def epoch_of(chunks, args):  # → (chunks in a pass of all ranks, chunks of an epoch, steps of an epoch)
+def epoch_of(chunks, args):  # → (chunks in a pass of all ranks, steps of an epoch)
     a_pass = args.train_batch_size * args.world_size  # an epoch's last pass may be smaller
-    used = chunks - chunks % a_pass * args.dataloader_drop_last  # the flag drops the last, smaller pass
-    return a_pass, used, max(1, math.ceil(used / a_pass / args.gradient_accumulation_steps))  # 1 step or more
+    return a_pass, max(1, math.ceil(chunks / a_pass / args.gradient_accumulation_steps))  # 1 step or more
 
 class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its own callback, for on_save()
-    """The Trainer with honest numbers, a guard against NaN, a stop at signals, and checkpoints whole or absent.
-
-    It overrides two private methods: _run_epoch, as the Trainer rounds up to whole epochs, and
-    _maybe_log_save_evaluate, the one place that sees the gradient's norm before a save. So requirements.txt holds
-    transformers to the tested minor version.
-    """
-    def __init__(self, run, resume, flops, **named):  # flops: operations a token; named: for the Trainer
+    """The Trainer with honest numbers, a guard against NaN, a stop at signals, and checkpoints made whole."""
+    def __init__(self, run, resume, **named):  # named: for the Trainer
         super().__init__(**named)  # the Trainer sets the seed here
         self.run = run  # who this run is, and its processes
         self.resume = resume  # the checkpoint that earlier calls have left
-        self.progress = resume.progress  # sums over all calls of this run
-        self.flops = flops  # operations to train on one token
-        self.tail = torch.tensor(resume.progress.tail, dtype=torch.float64, device=self.args.device)  # (2,), see sums()
-        self.bad_step = torch.zeros((), dtype=torch.int64, device=self.args.device)  # on the device: no wait
-        self.stopping = 0  # number of the signal that all ranks agree on, 0 for none
+        self.sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # losses, tokens of a line
+        self.tokens = 0  # trained on, by all ranks and all calls
         self.add_callback(self)  # called after the Trainer's own callbacks
 
     def on_train_begin(self, args, state, control, **_):  # everything is loaded, nothing trained
         state.compute_steps(args, state.max_steps)  # a changed --logging_steps or --save_steps takes effect
-        if self.progress.best:  # a relative path, as the run may have been moved
-            state.best_model_checkpoint = join(dirname(self.resume.path), self.progress.best)  # the full path
+        state.best_model_checkpoint = self.resume.best  # its present path, as the run may have been moved
+        last = ([{"tokens_seen": 0, "seconds": 0.0}] + self.lines())[-1]  # each checkpoint has a line
+        self.tokens = last["tokens_seen"]  # by earlier calls
+        self.earlier = last["seconds"]  # training time of earlier calls
         self.first = state.global_step  # steps that earlier calls have made
         self.began = time.time()  # when this call began to train, seconds since 1970
         self.start_stopwatch()  # from here on the speed is measured
         self.run.signals.in_training = True  # from now on a signal waits for a checkpoint
 
     def training_step(self, model, inputs, num_items_in_batch=None):  # forward and backward pass of a batch
-        share = super().training_step(model, inputs, num_items_in_batch)  # a part of the loss; ranks are averaged
+        share = super().training_step(model, inputs, num_items_in_batch)  # of the loss; ranks are averaged
         batches = self.current_gradient_accumulation_steps  # perhaps fewer in an epoch's last step
         tokens = inputs["input_ids"].numel() * self.args.world_size  # tokens of this batch on all ranks
         learnt = tokens * batches if num_items_in_batch is None else num_items_in_batch  # tokens in the step
-        self.tail += torch.stack([share * learnt, torch.as_tensor(learnt / batches, device=share.device)])  # (2,): sums
-        self.progress.tokens += tokens  # no padding: every id is a token trained on
+        self.sums += torch.stack([share * learnt, torch.as_tensor(learnt / batches, device=share.device)])  # no wait
+        self.tokens += tokens  # no padding: every id is a token trained on
         return share  # the Trainer sums up the shares itself
 
     def on_step_end(self, args, state, control, **_):  # the Trainer's own callback has said what is due
-        control.should_log |= state.global_step >= state.max_steps and args.logging_strategy != "no"  # line at the end
-        self.stopping = self.run.ranks.max(self.run.signals.received)  # the same on all ranks
+        self.stopping = self.run.ranks.max(self.run.signals.received)  # 0, or a signal that all ranks agree on
         if self.stopping:  # the Trainer saves; on_save() ends the run
             control.should_save = control.should_training_stop = True  # in addition to what is due anyway
             args.save_strategy = "steps"  # "best" would save only the best model so far
-        if control.should_save:  # the directory may be gone, with another run in its place
-            check_lock(self.run)  # before anything is written
-
-    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, *rest, **named):  # after each step and each epoch
-        skips = grad_norm is None or self.args.mixed_precision == "fp16"  # GradScaler skips infinite norms
-        bad = ~torch.isfinite(tr_loss if skips else tr_loss + grad_norm) & (self.bad_step == 0)  # stays on the device
-        self.bad_step = torch.where(bad, self.state.global_step, self.bad_step)  # the first bad step is kept
-        due = self.control  # what comes after this step
-        if due.should_log or due.should_save or due.should_evaluate or due.should_training_stop:  # these wait anyway
-            first = int(self.accelerator.gather(self.bad_step).max())  # all ranks agree, before any save
-            if first:  # the weights are spoilt from this step on
-                die(f"the loss or gradient of step {first} is not a finite number: training stops, "  # on all ranks
-                    "and nothing was saved after it. Usual causes: a --learning_rate too high, --fp16, "
-                    "a broken model. Change that, and start with another --output_dir", 1, SPEAKER)  # once a machine
-        super()._maybe_log_save_evaluate(tr_loss, grad_norm, *rest, **named)  # a log line, evaluation or save
-
-    def sums(self):  # since the last log line, of all ranks: [sum of losses, number of tokens]
-        return self.accelerator.gather(self.tail).view(-1, 2).mean(0).tolist()  # waits for all ranks' devices
-
-    def seconds(self):  # of training, by all calls of this run
-        return self.progress.seconds + time.time() - self.began  # of earlier calls, and of this one
-
+        due = control.should_save or control.should_evaluate or state.global_step >= state.max_steps  # or the end
+        control.should_log |= due  # a checkpoint holds the log line of its step
+        if control.should_log:  # the only steps that wait for the device
+            finite = [weight.isfinite().all() for weight in self.model.parameters()]  # gradients spoil them
+            if not (math.isfinite(sum(self.totals())) and torch.stack(finite).all()):  # the same on all ranks
+                die(f"the loss or the weights are no finite numbers at step {state.global_step}: nothing of it is "  # 1
+                    "saved. Usual causes: a --learning_rate too high, --fp16, a broken model. Change that, and start "
+                    "with another --output_dir", 1)  # 1: the call itself is right
+    def totals(self):  # since the last log line, of all ranks: [sum of losses, number of their tokens]
+        return self.accelerator.gather(self.sums).view(-1, 2).mean(0).tolist()  # waits for all ranks' devices
+    def lines(self):  # all log lines of the training so far, also those of earlier calls
+        return [line for line in self.state.log_history if "tokens_seen" in line]  # no evaluations
     def start_stopwatch(self):  # after a log line, an evaluation, a checkpoint
-        self.shown = self.progress.tokens  # tokens so far: the next line's speed counts from here
+        self.before = self.tokens  # tokens so far: the next line's speed counts from here
         self.logged = time.time()  # seconds since 1970
 
     def log(self, logs, *rest):  # every number passes here, on its way to console, TensorBoard and JSON
@@ -1221,40 +1014,35 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         if "eval_loss" in logs:  # the numbers of an evaluation
             logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))  # exp(710) would overflow a float
         if "learning_rate" in logs:  # a line of training: the Trainer has just waited for the device
-            loss, tokens = self.sums()  # sums since the last log line, of this call or an earlier one
-            speed = (self.progress.tokens - self.shown) / max(time.time() - self.logged, 1e-9)  # of all ranks
-            pace = (time.time() - self.began) / max(step - self.first, 1)  # seconds a step, all included
+            loss, tokens = self.totals()  # since the last line
+            self.sums.zero_()  # the next line counts from here
+            speed = (self.tokens - self.before) / max(time.time() - self.logged, 1e-9)  # of all ranks
+            seconds = time.time() - self.began  # of this call, evaluations and checkpoints included
+            left = (self.state.max_steps - step) * seconds / max(step - self.first, 1)  # seconds to the last step
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes: ru_maxrss is in KiB
             memory = torch.cuda.max_memory_allocated() or resident  # bytes, the peak so far; 0 without a GPU
             logs |= {"loss": loss / tokens,  # a mean over tokens: a short step counts for less
-                     "tokens_per_second": round(speed), "tokens_seen": self.progress.tokens,  # by all ranks
+                     "tokens_per_second": round(speed), "tokens_seen": self.tokens,  # by all ranks
                      "peak_memory_gb": round(memory / 1e9, 2),  # near the GPU's size: time for REMEDIES
-                     "minutes_left": round((self.state.max_steps - step) * pace / 60, 1)}  # to the last step
+                     "seconds": round(self.earlier + seconds, 1),  # of training, by all calls
+                     "minutes_left": round(left / 60, 1)}  # at the pace of this call
             if peak := peak_flops(self.args):  # only for a GPU that PEAKS lists
-                logs["mfu"] = round(speed * self.flops / peak, 3)  # share of the peak that the plan states
-            self.progress.loss += loss  # losses that a log line has shown
-            self.progress.learnt += tokens  # tokens whose loss a line has shown
-            self.tail.zero_()  # the next log line sums from here
+                logs["mfu"] = round(speed * flops_per_token(self.model, self.length) / peak, 3)  # share of the peak
             self.start_stopwatch()  # the next line's speed begins here
         if "train_loss" in logs:  # after the last step: numbers of all calls together
-            loss, tokens = self.sums()  # zeros, unless --logging_strategy is no
-            logs["train_loss"] = (self.progress.loss + loss) / max(self.progress.learnt + tokens, 1)  # over all tokens
-            chunks = self.progress.tokens // len(self.train_dataset[0]["input_ids"])  # chunks of all epochs
-            logs |= speed_metrics("train", time.time() - self.seconds(),  # as if all calls were one
-                                  num_samples=chunks, num_steps=step)  # both also per second
+            start = time.time() - self.lines()[-1]["seconds"]  # as if all calls were one
+            logs |= speed_metrics("train", start, self.tokens // self.length, step)  # chunks, steps per second
+            tokens = np.diff([0, *(line["tokens_seen"] for line in self.lines())])  # of each line
+            logs["train_loss"] = float(np.average([line["loss"] for line in self.lines()], weights=tokens))  # of all
         super().log(logs, *rest)  # to console, TensorBoard and trainer_state.json
 
-    def evaluate(self, *rest, **named):  # uses every chunk; leaves dropout's random state as it was
-        drop = self.args.dataloader_drop_last  # the flag is meant for training alone
-        self.args.dataloader_drop_last = False  # else the last chunks would be left out
+    def evaluate(self, *rest, **named):  # leaves dropout's random state as it was
         with torch.random.fork_rng(devices=[]):  # the data loader draws a random number
             metrics = super().evaluate(*rest, **named)  # log() has added the perplexity
-        self.args.dataloader_drop_last = drop  # training goes on with the flag's value
         self.start_stopwatch()  # an evaluation is no time of training
-        return metrics  # "eval_loss", "eval_perplexity" and more
+        return metrics | {"perplexity": metrics["eval_perplexity"]}  # as transformers' own scripts name it
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # one evaluation batch
-        """Return (None, losses, losses), each (B,): each chunk counts once, also where ranks fill up a batch."""
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # → None, losses (B,), (B,)
         ids = self._prepare_inputs(inputs)["input_ids"]  # (B, T), int64, on the device
         with torch.no_grad():  # accelerate has put autocast into the model
             result = model(input_ids=ids, labels=ids)  # labels are the inputs; the model shifts them
@@ -1262,23 +1050,17 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
                 losses = result["token_losses"].mean(1)  # (B,): the mean loss of each chunk
             else:  # a model's own loss is the mean of a batch: one chunk at a time
                 losses = torch.stack([model(input_ids=row[None], labels=row[None]).loss.float() for row in ids])  # (B,)
-        return None, losses, losses  # the Trainer gathers predictions and drops repeated chunks
+        return None, losses, losses  # the Trainer gathers them and drops chunks that filled up a batch
 
-    def on_save(self, args, state, control, **_):  # the Trainer has written .staging/checkpoint-N
-        """Publish the checkpoint: seal it with a manifest, then rename; in an instant all of it is there."""
+    def on_save(self, args, state, control, **_):  # publishes what the Trainer has written into .staging
         draft = join(args.output_dir, f"checkpoint-{state.global_step}")  # args.output_dir is .staging
         final = join(self.run.output_dir, basename(draft))  # where the next call finds it
         if state.best_model_checkpoint == draft:  # this checkpoint is the best so far
-            state.best_model_checkpoint = final  # all ranks load the best one from there
-        progress = replace(self.progress, step=state.global_step, max_steps=state.max_steps,  # a changed copy
-                           seconds=self.seconds(), tail=self.sums(), best=None)  # sums(): all ranks take part
-        if args.load_best_model_at_end and state.best_model_checkpoint:  # the run cannot end without the best
-            progress.best = os.path.relpath(realpath(state.best_model_checkpoint),  # links are followed
-                                            realpath(self.run.output_dir))  # relative: the run may be moved
+            state.best_model_checkpoint = realpath(final)  # all ranks load the best one from there
         self.accelerator.wait_for_everyone()  # each rank has written its random state
         if self.run.ranks.rank == 0:  # rank 0 renames and deletes for all
             state.save_to_json(join(draft, "trainer_state.json"))  # anew, with the best one's final path
-            write_manifest(draft, self.run, progress)  # checksums, and fsync of every file
+            write_manifest(draft, self.run)  # checksums, and fsync of every file
             os.rename(draft, final)  # atomic: a kill leaves either no checkpoint-N or a whole one
             fsync(self.run.output_dir)  # a power cut cannot undo the rename
             keep = {final, state.best_model_checkpoint, self.run.chosen}  # never deleted, however old
@@ -1289,14 +1071,12 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             saved = f" at step {state.global_step:,} of {state.max_steps:,}; saved {final}"  # leave() says so
             self.run.signals.leave(self.stopping, saved)  # ends the run, with a sentence
 
-    def _run_epoch(self, **named):  # the Trainer rounds up to whole epochs
-        if self.state.global_step < self.state.max_steps:  # else a call after the end would add a step
+    def _run_epoch(self, **named):  # private: requirements.txt holds transformers to the tested minor version
+        if self.state.global_step < self.state.max_steps:  # the Trainer rounds up to whole epochs
             super()._run_epoch(**named)  # an epoch, or the rest of one
 
-def make_trainer(model, tokenizer, args, train, validation, run, resume):  # moves the model to the device
-    """Put model, data (Datasets of chunks, or None), TrainingArguments, Run and Resume together. Returns: FineTuner."""
-    length = len((train or validation)[0]["input_ids"])  # T, the tokens of a chunk
-    epoch_steps = epoch_of(len(train or ()), args)[2]  # optimizer steps of an epoch
+def make_trainer(model, tokenizer, args, train, validation, run, resume):  # → FineTuner, with the model on the device
+    epoch_steps = epoch_of(len(train or ()), args)[1]  # optimizer steps of an epoch
     for kind in ("logging", "eval", "save"):  # the end of an epoch becomes a step as any other
         if getattr(args, f"{kind}_strategy") == "epoch":  # what is due at a step comes in one call
             setattr(args, f"{kind}_strategy", transformers.IntervalStrategy.STEPS)  # steps instead of epochs
@@ -1307,126 +1087,102 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # mov
         batch = collator([row["input_ids"] for row in rows])  # the collator's labels lack the pad token
         return batch | {"labels": batch["input_ids"]}  # no padding here, and pad may be EOS: learn every id
     trainer = FineTuner(  # train() makes optimizer and schedule
-        run, resume, flops_per_token(model.config.get_text_config(), model.num_parameters(), length),  # 1.7e9 FLOP
-        model=model, args=args, data_collator=collate, processing_class=tokenizer,  # saved in each checkpoint
+        run, resume, model=model, args=args, data_collator=collate, processing_class=tokenizer,  # saved with the model
         train_dataset=train and train.with_format("torch"),  # tensors: lists of numbers take long to stack
         eval_dataset=validation and validation.with_format("torch"),  # None: no evaluation
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()})  # the mean of equally long chunks
+    trainer.length = len((train or validation)[0]["input_ids"])  # T, the tokens of a chunk
     model.to(args.device)  # with --bf16_full_eval the Trainer has not done so
-    if not (args.use_liger_kernel or args.torch_compile):  # Liger and the compiler have lean norms themselves
-        use_lean_norms(model)  # before the loss is tried out
+    plain = not (args.use_liger_kernel or args.torch_compile)  # these two have lean norms themselves
+    for norm in model.modules():  # 109 of the modules are norms in Gemma 3 270M
+        if plain and type(norm).__name__ == "Gemma3RMSNorm":  # other norms multiply by weight, not 1 + weight
+            norm.forward = lambda x, norm=norm: LeanNorm.apply(x, norm.weight, norm.eps)  # set on this object
     with trainer.accelerator.autocast():  # Flash Attention refuses the trial of eight tokens in float32
         if not use_chunked_loss(model, alone=args.world_size == 1 and not args.torch_compile):  # no plain head
-            log0("note     this model has no plain head: its own loss is used, which holds all logits")  # 1 GB and more
-    trainer.remove_callback(integration_utils.TensorBoardCallback)  # would open a folder for each call
-    runs = os.environ["TENSORBOARD_LOGGING_DIR"] = join(run.output_dir, "runs")  # the same for every call
-    step = resume.progress.step  # steps that earlier calls have made and shown
-    if "tensorboard" in args.report_to and args.process_index == 0 and (  # rank 0 draws for all ranks
-            not step or step < resume.progress.max_steps):  # unless all steps have been made and drawn
-        purge = step + bool(step) if train else None  # hides points to come again; --do_eval hides none
-        writer = torch.utils.tensorboard.SummaryWriter(runs, purge_step=purge)  # one curve for all calls
+            log0("note     this model has no plain head: its own loss is used, which holds all logits")  # gigabytes
+    if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
+        runs = os.environ["TENSORBOARD_LOGGING_DIR"] = join(run.output_dir, "runs")  # the same for all calls
+        again = train and (resume.state.global_step + 1 if resume.path else 0)  # points that come again
+        writer = torch.utils.tensorboard.SummaryWriter(runs, purge_step=again)  # one curve
         trainer.add_callback(integration_utils.TensorBoardCallback(writer))  # writes each log line at once
-        trainer.callback_handler.callbacks[-1]._SummaryWriter = None  # a late evaluation opens no new writer
-        threading.excepthook = lambda end: (  # on a full disk the writer's thread ends in an OSError
-            issubclass(end.exc_type, OSError) or threading.__excepthook__(end))  # the next log line says so
+        threading.excepthook = lambda end: end.exc_type is OSError or threading.__excepthook__(end)  # the disk is full
     return trainer  # ready to train or to evaluate
 
-# ── The run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-def print_plan(args, training_args, model, train, validation):  # what is about to happen; notes: what is seldom meant
+# ── The run ────────────────────────────────────────────────────────────────────────────────────────
+def print_plan(args, training_args, model, train, validation):  # what is about to happen, and what is odd
     world = training_args.world_size  # processes on all machines
     dtype = f"{training_args.mixed_precision} autocast".replace("no autocast", "float32")  # dtype of products
     peak = peak_flops(training_args)  # of all devices; 0 on a CPU
     mfu = f"; MFU against {peak / 1e12:,.0f} TFLOP/s" if peak else ""  # the plan alone states the peak
     size = model.num_parameters()  # a tied head counts once
-    data = [f"{name} {len(chunks):,} chunks = {len(chunks) * args.max_seq_length:,} tokens"  # chunks in use
-            for name, chunks in (("train", train), ("validation", validation)) if chunks is not None]  # one set or both
     log0(f"model    {args.model_name_or_path}, {size:,} parameters in float32, "  # the master weights
          f"{model.config._attn_implementation} attention",
-         f"device   {training_args.device.type}, {world} process{'es' * (world > 1)}, {dtype}{mfu}",
-         f"data     {', '.join(data)}")  # what there is to learn, and to measure
+         f"device   {training_args.device.type}, {world} process{'es' * (world > 1)}, {dtype}{mfu}")
     if train is not None:  # --do_eval alone has no plan of steps
-        a_pass, used, epoch = epoch_of(len(train), training_args)  # chunks of a pass and an epoch, its steps
+        used = len(train)  # chunks of an epoch
+        a_pass, epoch = epoch_of(used, training_args)  # chunks of a pass, steps of an epoch
         a_step = a_pass * args.gradient_accumulation_steps  # chunks in an optimizer step
-        steps = math.ceil(args.num_train_epochs * epoch)  # as the Trainer counts them
-        steps = training_args.max_steps if training_args.max_steps > 0 else steps  # --max_steps has priority
-        at_peak = training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")  # have no warm-up
+        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)  # as the Trainer
+        at_peak = training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")  # no warm-up
         warmup = 0 if at_peak else training_args.get_warmup_steps(steps)  # a value below 1 is a part of steps
-        die_if(used == 0,  # the Trainer would make steps of nothing
-               f"--dataloader_drop_last leaves nothing to train on: {len(train):,} chunks make no batch of {a_pass:,}; "
-               "leave it out, or lower --per_device_train_batch_size")
+        notes = {  # sentence: whether it applies; none of them in an ordinary run
+            f"the run is shorter than its warm-up: it reaches {(steps - 1) / max(warmup, 1):.1%} of the learning rate; "
+            f"lower --warmup_steps, to {steps // 10} for example": warmup >= steps,  # the rate starts at 0
+            f"all {used:,} chunks make less than one step of {a_step:,}: lower --gradient_accumulation_steps "
+            f"to {max(1, used // a_pass)} for a full one": used < a_step,  # a handful of texts
+            f"{-used % a_pass:,} chunks are trained on twice an epoch": used % a_pass and world > 1}  # to fill a pass
         log0(f"batch    {args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps}"  # in chunks
              f" accumulation × {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "
-             f"warm-up {warmup:,} steps")
-        if warmup >= steps:  # the default of 500 suits long runs; the first step has the rate 0
-            log0(f"note     the run is shorter than its warm-up: it reaches only {(steps - 1) / warmup:.1%} "  # at most
-                 f"of the learning rate; lower --warmup_steps, to {steps // 10} for example")
-        if left := len(train) - used:  # other ones in each epoch, as the order differs
-            log0(f"note     {left:,} chunks are left out of each epoch: --dataloader_drop_last")  # make no batch
-        if used < a_step:  # a handful of texts and the default accumulation
-            log0(f"note     all {used:,} chunks make less than one step of {a_step:,}: "  # one step an epoch
-                 f"lower --gradient_accumulation_steps to {max(1, used // a_pass)} for a full one")
-        elif used % a_step:  # worth knowing when epochs are short
-            log0(f"note     the last step of each epoch has {used % a_step:,} of {a_step:,} chunks")  # fewer than usual
-        if used % a_pass and world > 1:  # each rank makes as many forward passes
-            log0(f"note     {a_pass - used % a_pass:,} chunks are trained on twice an epoch")  # fill the last pass
+             f"warm-up {warmup:,} steps", *(f"note     {note}" for note in notes if notes[note]))  # lines
         free = shutil.disk_usage(args.output_dir).free  # bytes, of the disk that holds output_dir
         needed = (args.save_total_limit + 1 - len(  # checkpoints still to come, in bytes
             glob("checkpoint-*", root_dir=args.output_dir))) * 12 * size  # 12 bytes: a weight, Adam's two
         if free < needed:  # limit + 1: the oldest goes once the newest is there
             log0(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in "  # for all that are kept
-                 f"{args.output_dir}, where {free / 1e9:.2g} GB are free: make space or lower --save_total_limit")
+                 f"{args.output_dir}, where {free / 1e9:.2g} GB are free: see --save_total_limit")
     log0(f"output   {args.output_dir} (tensorboard --logdir {join(args.output_dir, 'runs')})")  # how to watch
 
 def save_results(trainer, split, metrics):  # a table, {split}_results.json, and a part of all_results.json
-    if "eval_perplexity" in metrics:  # of an evaluation; training has none
-        metrics["perplexity"] = metrics.pop("eval_perplexity")  # named as in transformers' own scripts
     trainer.log_metrics(split, metrics)  # rank 0 prints a table
     trainer.save_metrics(split, metrics)  # into .staging; with --do_eval alone into output_dir
 
-def train_and_save(trainer, run, resume):  # after a kill anywhere in here the same command goes on
-    """Train, evaluate, and publish model, tokenizer, log and metrics in output_dir; the manifest comes last."""
+def train_and_save(trainer, run, resume):  # train, evaluate, publish; a kill anywhere in here costs nothing
     metrics = trainer.train(resume_from_checkpoint=resume.path).metrics  # a signal may end the run in here
     run.signals.in_training = False  # from here on a signal ends the run at once
     if signalled := run.ranks.max(run.signals.received):  # a signal came after the last step, on some rank
         run.signals.leave(signalled, " after the last step")  # the same command makes the finished model
-    check_lock(run)  # another run may have taken the directory
     staging = trainer.args.output_dir  # a kill leaves no half model in output_dir
     trainer.model.config.use_cache = True  # for config.json: training needs no cache, generation does
     trainer.save_model()  # model.safetensors, config.json, tokenizer
     if trainer.eval_dataset is not None:  # has the model learnt, or memorized?
-        last = {"step": None} | dict(*[  # the last evaluation of the training; step None: there was none
-            row for row in trainer.state.log_history if "eval_loss" in row][-1:])  # a list of one row at most
-        same = last["step"] == trainer.state.global_step and not trainer.args.load_best_model_at_end  # of these weights
-        save_results(trainer, "eval", last if same else trainer.evaluate())  # not evaluated a second time
+        save_results(trainer, "eval", trainer.evaluate())  # of the weights that are published
     save_results(trainer, "train", metrics)  # speed and loss of all calls
     if run.ranks.rank == 0:  # rank 0 writes and renames for all
+        trainer.state.best_model_checkpoint = None  # the model needs none of the checkpoints
         trainer.state.save_to_json(join(staging, "trainer_state.json"))  # the log of the whole run
-        write_manifest(staging, run, replace(trainer.progress, step=trainer.state.global_step, best=None))  # fsyncs all
-        for name in sorted(os.listdir(staging), key=lambda name: name == "manifest.json"):  # manifest is last
+        write_manifest(staging, run)  # checksums, and fsync of every file
+        for name in sorted(os.listdir(staging), key=lambda name: name.startswith("model")):  # the weights come last
             os.replace(join(staging, name), join(run.output_dir, name))  # each file is whole, or absent
         os.rmdir(staging)  # .staging is empty by now
         fsync(run.output_dir)  # on the disk before the exit status says so
 
 def explain(error, training_args, run):  # a sentence for errors that the user can mend
     words = one_line(error)  # the error's own words
-    lost = isinstance(error, RuntimeError) and re.search("timed ?out|by peer|remote process", words, re.I)  # gloo, NCCL
+    lost = isinstance(error, RuntimeError) and re.search("timed ?out|by peer|remote process", words, re.I)  # of gloo
     if lost and training_args.world_size > 1:  # a rank is lost; tools/launch.py says which
-        die(f"another process was lost or does not answer ({words}); the same command again goes on", 1)  # 1: try again
+        die(f"another process was lost or does not answer ({words}); the same command again goes on", 1, True)  # each
     if re.search("out of memory|can't allocate memory", words) or isinstance(error, MemoryError):  # on GPU or CPU
-        die(f"out of memory on {training_args.device}: {REMEDIES}", 1)  # status 1: the call itself is right
+        die(f"out of memory on {training_args.device}: {REMEDIES}", 1, True)  # perhaps on this rank only
     disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", repr(error))  # full disk
     if disk or isinstance(error, OSError):  # No space left on device, and the like
         free = shutil.disk_usage(run.output_dir).free if isdir(run.output_dir) else 0  # 0: it is gone
-        die(f"--output_dir {run.output_dir} cannot be written ({words}). "  # a full disk, or one that is gone
-            f"{free / 1e9:.2g} GB are free, a checkpoint of Gemma 3 270M needs 3.2. What was saved before "
-            "is whole: make space or mend that, then the same command goes on", 1)  # status 1: try again
-    flag = not run.signals.in_training and isinstance(error, ValueError)  # raised before the first step
-    if flag or isinstance(error, ImportError) or "to be installed" in words:  # --use_liger_kernel, --report_to
-        die(f"a flag of the Trainer cannot be used: {words}")  # known only once the Trainer uses the flag
+        die(f"--output_dir {run.output_dir} cannot be written ({words}). {free / 1e9:.2g} GB are free, a "  # 12 bytes
+            "checkpoint needs 3.2. What was saved is whole: mend that, and the same command goes on", 1, True)  # each
+    if isinstance(error, ImportError | ValueError) and not run.signals.in_training:  # before the first step
+        die(f"a flag of the Trainer cannot be used: {words}")  # such as --use_liger_kernel without package
 
-def main(args, signals):  # the table of contents
-    """Run the phases in their order. args: Namespace, or the SystemExit of a wrong call. signals: Signals."""
+def main(args, signals):  # the table of contents; args: Namespace, or the SystemExit of a wrong call
     ranks = join_group(args)  # Ranks of one process, or of several on all machines
     with ranks.together():  # phase: the flags and the settings
         if isinstance(args, SystemExit):  # a wrong call, on this rank
@@ -1434,9 +1190,9 @@ def main(args, signals):  # the table of contents
         training_args = make_training_arguments(args)  # from here on the device is known
         transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
         versions = {name: version(name) for name in ("torch", "transformers")}  # a change is no error
-        versions["device"] = training_args.device.type  # "cuda" or "cpu"
-        settings = run_settings(args, training_args)  # by which a run is known again
-        run = Run(settings, versions, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # who this run is
+        versions |= {"device": training_args.device.type}  # "cuda" or "cpu"
+        own = run_settings(args, training_args)  # by which this run is known again
+        run = Run(own, versions, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # all in one place
     if ranks.size > 1:  # several processes: compare before any work
         check_plan(args, training_args, ranks)  # flags, versions and output_dir must agree
     found = Resume()  # a fresh start, unless a checkpoint is found
@@ -1444,43 +1200,38 @@ def main(args, signals):  # the table of contents
         if ranks.rank == 0 and not args.evaluate_only:  # an evaluation writes no checkpoint
             run.lock = lock_output_dir(args.output_dir)  # held until this process ends
             found = find_checkpoint(run)  # on one rank: two choices would train two runs
-    found = ranks.gather(found)[0]  # all ranks take what rank 0 has found
-    with ranks.together():  # phase: another run is refused before minutes of work
-        resume = refuse_other_run(args, run, found)  # a sentence, or the old run is moved aside
+            refuse_other_run(run, found)  # before minutes of work
+    resume = ranks.gather(found)[0]  # all ranks take what rank 0 has found
     if resume.path == args.output_dir:  # the finished model is there, and whole
-        log0(f"This run finished at step {resume.progress.step:,}: nothing is left to train.",  # not an error
-             f"Its model is in {args.output_dir}; to train it further, start a new run from it with "
-             f"--model_name_or_path {args.output_dir} and another --output_dir.")
+        log0(f"This run finished at step {resume.state.global_step:,}: nothing is left to train. To train "  # no error
+             f"further, give --model_name_or_path {args.output_dir} and another --output_dir.")
         return  # exit status 0, before data and weights are loaded
-    with ranks.together():  # phase: the first process of each machine prepares the data
-        tokenizer = load_tokenizer(args.model_name_or_path, args.max_seq_length)  # first contact with the hub
-        model = load_model(args.model_name_or_path, tokenizer, args.use_flash_attention)  # float32 on the CPU
-        if ranks.rank == ranks.machine:  # once a machine: the other ranks wait, then read the cache
-            train, validation = load_and_prepare_dataset(args, tokenizer, args.overwrite_cache)  # fills the cache
-    with ranks.together():  # phase: the other ranks read the prepared data
-        if ranks.rank != ranks.machine:  # all ranks but the first of each machine
-            train, validation = load_and_prepare_dataset(args, tokenizer)  # the same chunks, from the cache
-        die_if(validation is None and training_args.load_best_model_at_end,  # a data set without such a split
-               "--load_best_model_at_end needs validation data: give --validation_file")
-        if validation is None:  # nothing to evaluate on
-            training_args.eval_strategy = transformers.IntervalStrategy.NO  # --eval_steps means nothing here
-        prints = fingerprints(model, train, validation)  # of every token and every weight
+    with ranks.together():  # phase: the model, float32 and still on the CPU
+        tokenizer, model = load_model(args)  # first contact with the hub
+    for first in (True, False):  # phase: one process a machine prepares the data, the others read its cache
+        with ranks.together():  # the others wait here, for hours if need be
+            if (ranks.rank == ranks.machine) == first:  # this process's turn
+                train, validation = load_and_prepare_dataset(args, tokenizer, args.overwrite_cache and first)  # chunks
+    prints = fingerprints(model, train, validation)  # of every token and every weight
     ranks.check_same(prints)  # copies of the data may differ between machines
-    with ranks.together():  # phase: is the checkpoint's run really this one?
-        steers = ["validation_data"] * ("validation_file" in run.settings)  # there if losses steer the run
-        run.settings |= {name: prints[name] for name in ("model", "train_data", *steers)}  # these decide the weights
-        resume = refuse_other_run(args, run, resume)  # now data and weights count, too
+    steers = ["validation_data"] * ("validation_file" in run.settings)  # there if losses steer the run
+    run.settings |= {name: prints[name] for name in ("model", "train_data", *steers)}  # all decide the weights
+    refuse_other_run(run, resume)  # now data and weights count, too
+    die_if(validation is None and (training_args.load_best_model_at_end or training_args.eval_on_start),  # none given
+           "--load_best_model_at_end and --eval_on_start need validation data: give --validation_file")
+    if validation is None:  # nothing to evaluate on
+        training_args.eval_strategy = transformers.IntervalStrategy.NO  # --eval_steps means nothing here
     training_args.eval_on_start &= not resume.path  # an earlier call has made that evaluation
     try:  # a part that is not installed, a full GPU, a full disk
         with ranks.together():  # last phase: after it --ddp_timeout is the limit
             trainer = make_trainer(model, tokenizer, training_args, train, validation, run, resume)  # fills the device
-            print_plan(args, training_args, model, train, validation)  # six lines and notes, before any step
+            print_plan(args, training_args, model, train, validation)  # what is about to happen
         if resume.path:  # the same command again
-            log0(f"Going on from {resume.path}, step {resume.progress.step:,} of "  # left by an earlier call
-                 f"{resume.progress.max_steps:,}.")
-            if resume.manifest["versions"] != versions:  # allowed: a run may move to another machine
+            state = resume.state  # how far the earlier calls have come
+            log0(f"Going on from {resume.path}, step {state.global_step:,} of {state.max_steps:,}.")  # or the end
+            if resume.versions != versions:  # allowed: a run may move to another machine
                 log0("warning  the weights may differ in their last bits: "  # other kernels round otherwise
-                     f"the run began with {resume.manifest['versions']}, and goes on with {versions}")
+                     f"{differences(resume.versions, versions)} when the run began")
         if args.evaluate_only:  # --do_eval without --do_train
             save_results(trainer, "eval", trainer.evaluate())  # loss and perplexity of the given model
         else:  # every other call trains
@@ -1492,8 +1243,7 @@ def main(args, signals):  # the table of contents
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain about killed loaders
         for loader in multiprocessing.active_children():  # Python would wait: loaders ignore signals
             loader.kill()  # SIGKILL: a data loader has nothing to lose
-    what = "the metrics are" if args.evaluate_only else f"the model is in {args.output_dir}, its metrics"  # what is new
-    log0(f"Done: {what} in {join(args.output_dir, 'all_results.json')}.")  # the last line of a run
+    log0(f"Done: the metrics are in {join(args.output_dir, 'all_results.json')}.")  # the last line of a run
 
 if __name__ == "__main__":  # python main.py, accelerate launch main.py
     with reported():  # an error ends in one sentence

@@ -46,11 +46,13 @@ def resident(key):
 def measure(model, path, cache, length):
     """Prepare the file in this process and print one JSON object with the figures."""
     sys.path.insert(0, str(ROOT))
+    from transformers import AutoTokenizer
+
     import main
 
     command = ["--train_file", path, "--model_name_or_path", model, "--cache_dir", cache, "--output_dir", cache]
     args = main.parse_args([*command, "--max_seq_length", str(length), "--no_truncation"])
-    tokenizer = main.load_tokenizer(args.model_name_or_path, length)
+    tokenizer = AutoTokenizer.from_pretrained(args.model_name_or_path)
     base, anonymous, done = resident("VmRSS"), [0.0], threading.Event()
 
     def sample():

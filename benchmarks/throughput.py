@@ -75,14 +75,14 @@ def make_model(folder):
 def prepare(args):
     """Decode random ids to text, let main.py's functions cut it into chunks, save these. Returns: model's figures."""
     sys.path.insert(0, str(HERE.parent))
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     import main
 
     if not os.path.isdir(args.model):
         make_model(args.work + "/model")
         os.rename(args.work + "/model", args.model)  # whole or absent
-    tokenizer = main.load_tokenizer(args.model, args.length)
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
     draw, rows = random.Random(0), args.batch * args.steps
     with open(f"{args.work}/text.jsonl", "w") as file:
         for _ in range(2 * rows):  # more than enough: a text decoded and tokenized again may have fewer tokens
@@ -92,7 +92,7 @@ def prepare(args):
     chunks.save_to_disk(f"{args.work}/chunks")
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
     size = model.num_parameters()
-    return {"parameters": size, "flops": main.flops_per_token(model.config, size, args.length), "peaks": main.PEAKS}
+    return {"parameters": size, "flops": main.flops_per_token(model, args.length), "peaks": main.PEAKS}
 
 
 def command_line(args):

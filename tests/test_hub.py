@@ -168,7 +168,7 @@ MODELS = {  # case: (name, environment), words of the sentence
     "unknown": (("test/nowhere", {}), "test/nowhere", "no such name", "hf auth login"),
     "unknown, with a token": (("test/nowhere", GOOD), "test/nowhere", "no such name"),
     "gated without token": (("test/gated-model", {}), "gated", "{hub}/test/gated-model", "hf auth login"),
-    "gated without accepted terms": (("test/gated-model", STRANGER), "no access", "accept", "{hub}/test/gated-model"),
+    "gated without accepted terms": (("test/gated-model", STRANGER), "gated", "accept", "{hub}/test/gated-model"),
     "gated with an invalid token": (("test/gated-model", INVALID), "refuses your token", "hf auth login"),
     "no config": (("test/no-config", {}), "test/no-config", "config.json"),
     "no weights": (("test/no-weights", {}), "test/no-weights", "model.safetensors"),
@@ -180,11 +180,11 @@ DATA = {  # case: (flags behind --dataset_name, environment), words of the sente
     "unknown, without an owner": (("nowhere", {}), "nowhere", "no such name"),
     "gated without token": (("test/gated-data", {}), "gated", "{hub}/datasets/test/gated-data", "hf auth login"),
     "gated without accepted terms": (
-        ("test/gated-data --dataset_config_name wikitext-2-v1", STRANGER), "no access", "{hub}/datasets/test/gated-data"
+        ("test/gated-data --dataset_config_name wikitext-2-v1", STRANGER), "gated", "accept", "{hub}/datasets/test/gated-data"
     ),
     "gated with an invalid token": (("test/gated-data", INVALID), "refuses your token", "hf auth login"),
     "several configurations": (
-        ("test/configs", {}), "--dataset_config_name", "wikitext-103-raw-v1, wikitext-2-raw-v1, wikitext-2-v1"
+        ("test/configs", {}), "--dataset_config_name", "'wikitext-103-raw-v1', 'wikitext-2-raw-v1', 'wikitext-2-v1'"
     ),
     "unknown configuration": (
         ("test/configs --dataset_config_name wikitext-3", {}), "wikitext-3", "wikitext-103-raw-v1", "wikitext-2-raw-v1"
@@ -293,7 +293,7 @@ def test_a_data_set_directory_is_read(make, tiny, tmp_path):
 
 @pytest.mark.parametrize(("make", "words"), [
     (write_test_only, ["no train split", "only test", "--train_file"]),
-    (Path.mkdir, ["data", "no data files"]),
+    (Path.mkdir, ["data", "any data files"]),
     (write_file, ["data", "--train_file"]),
     (lambda folder: None, ["data", "no such"]),
 ], ids=["only a test split", "empty", "a file", "missing"])

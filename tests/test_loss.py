@@ -262,31 +262,41 @@ def test_a_lean_norm_is_the_models_own(dtype, error, shape):
     torch.manual_seed(0)
     norm = Gemma3RMSNorm(64)
     torch.nn.init.normal_(norm.weight, std=0.3)
-    own, lean = torch.nn.Sequential(norm), torch.nn.Sequential(copy.deepcopy(norm))
-    main.use_lean_norms(lean)
+    lean = copy.deepcopy(norm)
     x, slope = torch.randn(*shape, 64, dtype=dtype), torch.randn(*shape, 64, dtype=dtype)
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
-        mine = lean(one := x.clone().requires_grad_())
-    assert torch.equal(mine, own(x)) and sum(t.numel() for t in kept) == x.numel() + 64 + x.numel() // 64
+        mine = main.LeanNorm.apply(one := x.clone().requires_grad_(), lean.weight, lean.eps)
+    assert torch.equal(mine, norm(x)) and sum(t.numel() for t in kept) == x.numel() + 64 + x.numel() // 64
     mine.backward(slope)
     wide = copy.deepcopy(norm).double()
     two = x.double().requires_grad_()
     scale = torch.rsqrt(two.square().mean(-1, keepdim=True) + norm.eps)
     (two * scale * (1 + wide.weight)).backward(slope.double())
-    near([one.grad, lean[0].weight.grad], [two.grad, wide.weight.grad], error)
+    near([one.grad, lean.weight.grad], [two.grad, wide.weight.grad], error)
 
 
-def test_all_norms_of_the_model_are_lean_and_other_models_keep_theirs(model):
-    """Six a layer and the last one; the logits do not change."""
+def trainer_of(model, tiny, tmp_path, **flags):
+    """Let main.py put model and Trainer together for one chunk of tokens. Returns: model."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer, TrainingArguments
+
+    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **flags)
+    chunks = Dataset.from_dict({"input_ids": [[2, 3, 4, 5]]})
+    main.make_trainer(model, AutoTokenizer.from_pretrained(tiny), args, chunks, None, None, main.Resume())
+    return model
+
+
+def test_all_norms_of_the_model_are_lean_and_other_models_keep_theirs(model, tiny, tmp_path):
+    """Six a layer and the last one; the logits do not change. The compiler has lean norms of its own."""
     from transformers import AutoModelForCausalLM, LlamaConfig
 
     ids = torch.arange(40).view(2, 20)
-    before = model(input_ids=ids).logits
-    main.use_lean_norms(model)
+    before, kept = model(input_ids=ids).logits, copy.deepcopy(model)
+    trainer_of(model, tiny, tmp_path)
     assert torch.equal(model(input_ids=ids).logits, before)
-    assert sum("forward" in vars(part) for part in model.modules()) == 6 * model.config.num_hidden_layers + 1
+    assert sum("forward" in vars(part) for part in model.modules()) == 6 * model.config.num_hidden_layers + 2
     small = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    other = AutoModelForCausalLM.from_config(LlamaConfig(**small))
-    main.use_lean_norms(other)
-    assert not any("forward" in vars(part) for part in other.modules())
+    for other, flags in ((AutoModelForCausalLM.from_config(LlamaConfig(**small)), {}), (kept, {"torch_compile": True})):
+        parts = trainer_of(other, tiny, tmp_path, **flags).modules()
+        assert sum("forward" in vars(part) for part in parts) == 1  # the model's own, for the loss

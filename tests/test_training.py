@@ -74,7 +74,6 @@ def test_defaults_are_those_of_the_table(tiny, tmp_path, texts):
         "gradient_accumulation_steps": 8, "learning_rate": 2e-5, "weight_decay": 0.01, "warmup_steps": 500,
         "bf16": False, "fp16": False, "gradient_checkpointing": False, "logging_steps": 10, "save_steps": 500,
         "eval_steps": 500, "save_total_limit": 3, "report_to": ["tensorboard"], "resume_from_checkpoint": None,
-        "overwrite_output_dir": False,
         "seed": 42,
     }  # fmt: skip
     assert {name: getattr(args, name) for name in table} == table
@@ -121,7 +120,6 @@ def test_the_banner_says_what_will_happen(finished):
         "No GPU found: training on the CPU.",
         "99,008 parameters in float32, sdpa attention",
         "device   cpu, 1 process",
-        f"train {chunks} chunks = {chunks * 64:,} tokens",
         "4 per device × 8 accumulation × 1 = 32 chunks = 2,048 tokens a step",
         f"steps    {steps} (3 epochs), learning rate 0.001, warm-up 2 steps",
         f"output   {output}",
@@ -291,7 +289,7 @@ def test_the_precision_of_the_launcher_counts_as_one_of_the_run(tiny, tmp_path, 
     done = run(*argv, env={"ACCELERATE_MIXED_PRECISION": "bf16"})
     assert done.status == 0 and "1 process, bf16 autocast" in done.out, done.err
     done = run(*argv)
-    assert done.status == 2 and "autocast was 'bf16', is 'no'" in done.err, done.err
+    assert done.status == 2 and "autocast is 'no' instead of 'bf16'" in done.err, done.err
 
 
 def variant(tiny, folder, edit):
@@ -407,7 +405,7 @@ def test_a_run_shorter_than_its_warm_up_gets_a_notice(tiny, tmp_path, texts):
     """F14: the default of 500 steps on a short run."""
     argv = command(tiny, texts, tmp_path / "out", "--max_steps", 5)
     done = run(*argv, "--warmup_steps", 500)
-    assert done.status == 0 and "shorter than its warm-up: it reaches only 0.8%" in done.out
+    assert done.status == 0 and "shorter than its warm-up: it reaches 0.8%" in done.out
     assert "shorter than its warm-up" not in run(*argv, "--output_dir", tmp_path / "other").out
 
 
@@ -429,9 +427,8 @@ def test_the_script_runs_as_a_user_starts_it(tiny, tmp_path, texts):
 def test_a_loss_that_is_no_number_stops_the_run_before_anything_is_saved(tiny, tmp_path, texts):
     """B10: the sentence names the step; no checkpoint and no model is left."""
     done = run(*command(tiny, texts, tmp_path / "out", "--learning_rate", 1e38, "--save_steps", 1, "--warmup_steps", 0))
-    assert done.status == 1 and "of step 2 is not a finite number" in done.err and "Traceback" not in done.err, done.err
-    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert done.status == 1 and "no finite numbers at step 1" in done.err and "Traceback" not in done.err, done.err
+    assert {path.name for path in (tmp_path / "out").iterdir()} <= {".lock", ".staging", "runs"}
 
 
 def test_the_log_line_tells_speed_memory_and_time_left(finished):
