@@ -44,19 +44,21 @@ from os.path import abspath, basename, dirname, exists, getsize, isdir, isfile, 
 
 FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files, each also with .gz behind it
 SPEAKER = os.environ.get("LOCAL_RANK", "0") == "0"  # True in one process of each machine, the one that speaks
-PARTIAL = "makes checkpoints that no run can go on from"  # no optimizer state, or one part a process
+PARTIAL = "makes checkpoints that no run can go on from"  # no optimizer state, or only one rank's part
 REFUSED = {  # flags of the Trainer that would break a promise of the README, and why
     "--save_only_model": PARTIAL, "--enable_jit_checkpoint": PARTIAL,  # no optimizer; a SIGTERM handler
     "--save_on_each_node": PARTIAL, "--fsdp": PARTIAL, "--deepspeed": PARTIAL,  # each process saves a part
     "--auto_find_batch_size": "changes the effective batch in the middle of a run",  # for GPUs that are full
     "--dataloader_drop_last": "leaves chunks out of every epoch and evaluation",  # a smaller batch is fine
     "--ignore_data_skip": "lets a stopped run go on with other data",  # skipping a million batches takes 2 s
+    "--dataloader_in_order": "trains in an order that no second run repeats",  # that of the fastest worker
     "--batch_eval_metrics": "leaves no loss of each chunk to make the mean of",  # every chunk counts once
-    "--eval_do_concat_batches": "leaves no mean over all chunks",  # the losses would be an array a batch
+    "--eval_do_concat_batches": "leaves no mean over all chunks",  # losses would come as one array per batch
     "--overwrite_output_dir": "would lose what an earlier run has made"}  # a flag of transformers 4
-REMEDIES = (  # against a full GPU, the cheapest first
-    "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double --gradient_accumulation_steps: "
-    "the same training; (3) add --gradient_checkpointing: 20 % slower; (4) shorten --max_seq_length (2048, 1024, 512)")
+REMEDIES = (  # against a full GPU, the cheapest first; they are other settings, so checkpoints no longer fit
+    "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double --gradient_accumulation_steps; (3) "
+    "add --gradient_checkpointing: 20 % slower; (4) shorten --max_seq_length (2048, 1024, 512). If a checkpoint was "
+    "saved, give another --output_dir with it")
 
 # ── Command line ───────────────────────────────────────────────────────────────────────────────────
 def log0(*lines):  # progress goes to standard output, from rank 0 alone
@@ -67,17 +69,17 @@ def die(sentence, status=2, speaks=SPEAKER):  # ends the run; status 2: a wrong 
     vars(end).update(sentence=sentence, speaks=speaks)  # read by reported(), and sent to other ranks
     raise end  # caught by reported(), which stands around everything
 def die_if(wrong, sentence):  # wrong: any value; what is true or not empty ends the run
-    if wrong:  # most checks have this form
-        die(sentence)  # the sentence says what to do
+    if wrong:  # saves an if and a line at each check
+        die(sentence)  # with status 2: the call or the data is wrong
 
-@contextlib.contextmanager  # for with statements
+@contextlib.contextmanager  # makes `with reported():` possible
 def reported():  # around the command line, the imports and main(): prints the sentence of die()
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
     except SystemExit as end:  # from die(), or from --help, which has no sentence
         sentence = getattr(end, "sentence", "")  # what the user reads; empty for --help
         if sentence and "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun names a file for each rank
-            with open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as note:  # read by tools/launch.py
+            with contextlib.suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as note:  # launch.py's
                 json.dump({"message": sentence, "timestamp": int(time.time())}, note)  # in torchrun's format
         if sentence and end.speaks:  # one process a machine is enough
             print(f"\nmain.py: error: {sentence}", file=sys.stderr, flush=True)  # \n leaves a progress bar
@@ -104,7 +106,7 @@ def trainer_flags():  # names of the Trainer's 114 flags, read from its source i
 
 def parse_args(argv=None):  # list[str], or None for the process's own words
     """Return the Namespace of our flags, `given` (flags as typed), `trainer_argv` (words for the Trainer)."""
-    parser = argparse.ArgumentParser(  # knows our 38 flags; the Trainer's are left over
+    parser = argparse.ArgumentParser(  # knows our 39 flags; the Trainer's are left over
         usage="python main.py (--dataset_name NAME | --train_file FILE ...) [flags]",  # instead of all flags
         description="Fine-tune Google's Gemma 3 270M on text.",  # the second paragraph of --help
         epilog="All other flags of transformers.TrainingArguments work too.",  # about 90 flags
@@ -121,7 +123,7 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add = parser.add_argument_group("data").add_argument  # files or a data set, never both
     add("--dataset_name", **path, help="hub name, or a local data set directory")  # validation is optional
     add("--dataset_config_name", help="configuration of the hub data set")  # often the name of a language
-    add("--train_file", **path, nargs="+", help=".json .jsonl .csv .txt, .gz; several, or a glob")  # your own text
+    add("--train_file", **path, nargs="+", help=".json .jsonl .csv .txt, .gz; several, or a glob")  # needs no network
     add("--validation_file", **path, nargs="+", help="the same, for evaluation")  # held out: never trained on
     add("--text_column", default="text", help="the column that holds the text")  # only .txt has no columns
     add("--max_seq_length", type=bounded(int, 2), default=2048, help="tokens per chunk")  # the context learnt
@@ -134,20 +136,19 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add("--overwrite_cache", **switch, help="prepare the data anew")  # changed files need no flag
     add = parser.add_argument_group("training").add_argument  # schedule and optimizer
     add("--num_train_epochs", type=positive, default=3, help="passes over the data")  # each in a new order
-    add("--per_device_train_batch_size", type=count, default=4, help="chunks per device at a time")  # fills the memory
-    add("--per_device_eval_batch_size", type=count, default=4, help="the same, in evaluation")  # changes no result
+    add("--per_device_train_batch_size", type=count, default=4, help="chunks per device at a time")  # limited by memory
+    add("--per_device_eval_batch_size", type=count, default=4, help="the same, in evaluation")  # any value, same result
     add("--gradient_accumulation_steps", type=count, default=8, help="batches per optimizer step")  # costs no memory
-    add("--max_steps", type=count, default=-1, help="end after N steps; -1: after the epochs")  # has priority
     add("--learning_rate", type=positive, default=2e-5, help="the peak, after the warm-up")  # then down to 0
     add("--weight_decay", type=bounded(float, 0), default=0.01, help="of AdamW")  # norms and biases have none
-    add("--warmup_steps", type=bounded(float, 0), default=500, help="steps to the peak; 0.1: a tenth")  # of the run
+    add("--warmup_steps", type=bounded(float, 0), default=500, help="steps to the peak; 0.1: a tenth")  # or a share
     group = parser.add_argument_group("memory")  # for when a GPU is full
     group.add_argument("--gradient_checkpointing", **switch, help="recompute activations: 20 %% slower")  # few are kept
     add = group.add_mutually_exclusive_group().add_argument  # argparse refuses the two together
     add("--bf16", **switch, help="bfloat16 autocast over float32 weights")  # Ampere GPUs, newer ones and CPUs
     add("--fp16", **switch, help="float16 autocast, for GPUs before Ampere")  # accelerate scales the loss
     add = parser.add_argument_group("logging and checkpoints").add_argument  # what is written, and when
-    add("--output_dir", **path, default="./outputs", help="checkpoints, logs and finished model")  # of one run only
+    add("--output_dir", **path, default="./outputs", help="checkpoints, logs and finished model")  # one for each run
     add("--logging_steps", type=positive, default=10, help="steps between log lines")  # a line is their mean
     add("--save_steps", type=positive, default=500, help="steps between checkpoints")  # 3.2 GB each
     add("--eval_steps", type=positive, default=500, help="steps between evaluations")  # needs validation data
@@ -158,7 +159,7 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add = parser.add_argument_group("misc").add_argument  # processes, repeatability, what to do
     add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # then the run ends
     add("--ddp_backend", choices=("nccl", "gloo"), help="unset: nccl, on CPUs gloo")  # the library that sums gradients
-    add("--seed", type=bounded(int, 0), default=42, help="of the order of chunks and new weights")  # and of dropout
+    add("--seed", type=bounded(int, 0), default=42, help="of the order of chunks and new weights")  # dropout, too
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # a name from run_clm.py
     add("--do_eval", **switch, help="given alone: only evaluate on the validation data")  # and no training
     words = sys.argv[1:] if argv is None else argv  # tests pass words of their own
@@ -169,7 +170,7 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     args.given = [word.partition("=")[0] for word in words if word.startswith("--")]  # "--seed=1" → "--seed"
     for flag in args.given:  # before the heavy imports
         bare = flag.replace("--no_", "--")  # the Trainer's switches have a --no_ form, too
-        die_if(bare in REFUSED, f"{flag} {REFUSED.get(bare)}: leave it out")  # it would break a promise: see REFUSED
+        die_if(bare in REFUSED, f"{flag} {REFUSED.get(bare)}: leave it out")  # REFUSED says which promise it breaks
         die_if(not {flag, bare} & {*known}, f"unknown flag {flag}{did_you_mean(flag, known)}; see --help")  # misspelt
     check_args(args)  # combinations and paths; may end the run
     return args  # sound, as far as can be told without torch
@@ -191,12 +192,11 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     die_if(args.dataset_name and (args.train_file or args.validation_file),  # data given twice
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
     die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
-    need = "validation" if alone else "train"  # the data that this call cannot do without
-    die_if(not (args.dataset_name or vars(args)[f"{need}_file"]),  # neither a data set nor a file
-           f"no {need} data: give --dataset_name NAME or --{need}_file FILE ({' '.join(FORMATS)})")
-    die_if(alone and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")  # it is a model
-    die_if(alone and run, f"--output_dir {output} holds a training run: choose another for --do_eval")  # it stays
-    die_if(isdir(model) and not exists(f"{model}/config.json"), f"--model_name_or_path {model}: no config.json")  # here
+    need = "validation_file" if alone else "train_file"  # the data that this call cannot do without
+    die_if(not (args.dataset_name or vars(args)[need]), f"no data: give --dataset_name NAME or --{need} FILE")
+    die_if(alone and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")
+    die_if(alone and run, f"--output_dir {output} holds a training run: choose another for --do_eval")
+    die_if(isdir(model) and not exists(f"{model}/config.json"), f"--model_name_or_path {model} has no config.json")
     die_if(not alone and realpath(output) == realpath(model),  # the base model would be replaced
            f"--output_dir {output} is the model to start from: choose another directory")
     for flag, name in (("--model_name_or_path", model), ("--dataset_name", args.dataset_name or "")):  # local or remote
@@ -208,7 +208,7 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
             os.makedirs(folder, exist_ok=True)  # makes the directories above it, too
             tempfile.TemporaryFile(dir=folder).close()  # a file of no name, gone once closed
         except OSError as error:  # error.strerror is the reason, from Linux
-            die(f"{flag} {folder}: no files can be written there ({error.strerror}); choose another")  # or mend it
+            die(f"{flag} {folder}: no files can be written there ({error.strerror}); choose another")
 
 def expand_files(flag, patterns):  # → absolute paths of existing, readable files of known formats
     files = []  # in the order given: that of the text
@@ -218,9 +218,9 @@ def expand_files(flag, patterns):  # → absolute paths of existing, readable fi
         die_if(not found, f"{flag} {pattern}: no such file{did_you_mean(pattern, beside)}")  # a misspelt name
         for path in found:  # before six seconds of imports
             kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # ".jsonl", also for x.jsonl.gz
-            die_if(isdir(path), f"{flag} {path} is a directory: name files in it, or use --dataset_name")  # never read
-            die_if(kind not in FORMATS, f"{flag} {path}: known extensions are {' '.join(FORMATS)}, also .gz")  # a slip
-            die_if(not os.access(path, os.R_OK), f"{flag} {path}: no permission to read it (try chmod +r)")  # not ours
+            die_if(isdir(path), f"{flag} {path} is a directory: name files in it, or use --dataset_name")
+            die_if(kind not in FORMATS, f"{flag} {path}: known extensions are {' '.join(FORMATS)}, also .gz")
+            die_if(not os.access(path, os.R_OK), f"{flag} {path}: no permission to read it (try chmod +r)")
             die_if(getsize(path) == 0, f"{flag} {path} is empty")  # often a failed export
             files.append(abspath(path))  # a part of the cache's key
     return files  # all exist and can be read
@@ -250,7 +250,7 @@ class Signals:  # what has been received, and what becomes of it; kill -9 cannot
     def receive(self, number, frame):  # noted in training; else, or when repeated after 3 seconds, the end
         if self.launcher:  # the launcher's death arrives as a SIGTERM
             time.sleep(0.1)  # Linux signals a moment before getppid() changes
-            number = number if self.launcher == os.getppid() else signal.SIGKILL  # for a death: nobody asked to stop
+            number = number if self.launcher == os.getppid() else signal.SIGKILL  # 9 stands for the launcher's death
         if self.in_training and not self.received:  # the first signal; print() is unsafe in a handler
             os.write(2, b"\nStopping: a checkpoint is saved at the end of this step ...\n")  # 2 is stderr
         if not self.received:  # launchers repeat a signal at once
@@ -261,9 +261,9 @@ class Signals:  # what has been received, and what becomes of it; kill -9 cannot
 
     def leave(self, number, saved):  # every signal ends here; saved: words on a checkpoint, or ""
         self.in_training = False  # a further signal ends the run at once
-        lost = number == signal.SIGKILL  # a failure: MAX_RETRIES tries again
+        lost = number == signal.SIGKILL  # status 1: MAX_RETRIES of multinode_train.sh tries again
         name = "the loss of a launcher" if lost else signal.Signals(number).name  # else SIGTERM or SIGINT
-        die(f"stopped by {name}{saved}; the same command again goes on", 1 if lost else 128 + number)  # 143 or 130
+        die(f"stopped by {name}{saved}; the same command again goes on", 1 if lost else 128 + number)  # 128 + 15 or 2
 
 # ── The answer, and behind it the imports ──────────────────────────────────────────────────────────
 if __name__ == "__main__":  # not where tests or worker processes import this file
@@ -315,7 +315,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             if self.size > 1:  # torch fills in the values of all ranks
                 dist.all_gather_object(values, value, group=self.patient)  # waits up to 12 hours
         except RuntimeError as error:  # gloo's answer to a closed connection
-            die(f"another process was lost ({one_line(error)}); the same command again goes on", 1, True)  # each
+            die(f"another process was lost ({one_line(error)}); the same command again goes on", 1, True)
         return values  # the same on all ranks
 
     def max(self, number):  # → the largest number (int) of all ranks; called once a step
@@ -324,7 +324,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.prompt)  # RuntimeError when a rank is lost
         return largest.item()  # the same on all ranks
 
-    @contextlib.contextmanager  # for with statements
+    @contextlib.contextmanager  # makes `with ranks.together():` possible
     def together(self):  # around each phase before the training: all ranks end when one of them fails
         mine = None  # the error of this rank, if any
         try:  # a phase may fail on one rank only
@@ -332,17 +332,16 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
         except (SystemExit, Exception) as error:  # die(), or a fault of this program
             mine = error  # the other ranks hear of the error first
         words = getattr(mine, "sentence", f"{type(mine).__name__}: {one_line(mine)}")  # else kind and words
-        ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: all is well
+        ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: no failure
         if isinstance(mine, Exception):  # no SystemExit
             raise mine  # explained by main(), or printed with its traceback
         for machine, name, status, words in filter(None, ends):  # the first failure is that of all ranks
-            die(words if machine == self.machine else f"{name}: {words}", status)  # other machines hear the name
+            die(words if machine == self.machine else f"{name}: {words}", status)  # elsewhere with rank and host
 
     def check_same(self, facts):  # end all ranks, unless facts (dict of JSON values) are the same everywhere
         (first, wanted), *others = self.gather((self.name, facts))  # rank 0's facts are the measure
         for name, theirs in others:  # the first rank that differs ends all, as training would hang
-            die_if(theirs != wanted, f"{name} differs from {first}: {differences(wanted, theirs)}. "  # names both
-                   "All machines need the same")
+            die_if(theirs != wanted, f"{name} differs from {first}: {differences(wanted, theirs)}; all need the same")
 
 def one_line(error):  # an error's own words, without line breaks
     return " ".join(str(error).split())  # fits into a sentence of die()
@@ -355,7 +354,7 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
     if size < 2:  # no launcher, or one that starts a single process
         return Ranks()  # rank 0 of 1, which waits for nobody
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()  # launchers set all
-    die_if(missing, f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: use accelerate launch, or unset it")  # 4
+    die_if(missing, f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: use accelerate launch, or unset it")
     ranks = Ranks(rank, rank - local, size, f"rank {rank} on {socket.gethostname()}")  # groups are made below
     cpu = not torch.cuda.is_available() or "--use_cpu" in getattr(args, "given", ())  # no GPU, or --use_cpu
     cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate may ask for the CPU
@@ -372,8 +371,8 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
         ranks.prompt = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))  # used at each step
         ranks.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for downloads and data
     except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
-        die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "  # rank 0
-            f"within --ddp_timeout {seconds} ({one_line(error)})", 1)  # 1: worth a retry
+        die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
+            f"within --ddp_timeout {seconds} ({one_line(error)})", 1, True)  # 1: worth a retry
     atexit.register(dist.destroy_process_group)  # the group's threads must end before Python
     return ranks  # all ranks have come
 
@@ -400,27 +399,27 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
         logging_nan_inf_filter=False,  # the Trainer would show a mean in the place of a NaN
         ddp_find_unused_parameters=False,  # every weight is used in every step
         eval_strategy="steps")  # main() sets "no" without validation data
-    plan, rest = parser.parse_known_args(args.trainer_argv)  # plan: the fields of TrainingArguments
-    for word in rest:  # "--bf16 true", or a file without its flag
-        die(f"{word!r} belongs to no flag: put --train_file or another before it, or leave it out")  # the first
+    plan, rest = parser.parse_known_args(args.trainer_argv)  # rest: "--bf16 true", or a file without its flag
+    die_if(rest, f"{', '.join(map(repr, rest))} belongs to no flag: put --train_file before it, or leave it out")
+    die_if(plan.max_steps < 1 and plan.max_steps != -1,  # -1 stands for not given
+           f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
-        die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # each
-    apart = plan.save_strategy == "steps" and plan.save_steps != plan.eval_steps  # some evaluation has no checkpoint
-    die_if(plan.load_best_model_at_end and apart,  # the best model could be lost
+        die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")
+    die_if(plan.load_best_model_at_end and plan.save_strategy == "steps" and plan.save_steps != plan.eval_steps,  # lost
            "--load_best_model_at_end needs a checkpoint of each evaluation: make --save_steps equal to --eval_steps")
     if not args.evaluate_only:  # the Trainer shall not reach published checkpoints
         plan.output_dir = join(args.output_dir, ".staging")  # on_save() publishes what is whole
     try:  # TrainingArguments check combinations of their own
         made = transformers.TrainingArguments(**vars(plan))  # from here on the device is known
-        for reporter in integration_utils.get_reporting_integration_callbacks(made.report_to):  # of --report_to
+        for reporter in integration_utils.get_reporting_integration_callbacks(made.report_to):  # such as wandb
             reporter()  # RuntimeError where its package is missing
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # any flag's fault
         die(f"the Trainer does not accept these flags: {one_line(error)}")  # in the Trainer's own words
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
-        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")  # others idle
+        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
     if made.use_liger_kernel:  # Liger's layers are welcome, its loss would replace ours
-        made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # its loss is off
+        made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # ours stays in use
     return made  # vetted; its device is set up
 
 def check_plan(args, training_args, ranks):  # ends all ranks, unless machines agree and share output_dir
@@ -432,27 +431,27 @@ def check_plan(args, training_args, ranks):  # ends all ranks, unless machines a
     if "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate divides --num_processes by machines
         facts["processes a machine (--num_processes)"] = os.environ.get("LOCAL_WORLD_SIZE")  # a slip shows up
     ranks.check_same(json.loads(json.dumps(facts, default=str)))  # enumerations as text
-    probe = tempfile.NamedTemporaryFile(dir=args.output_dir, prefix=".probe-")  # removed at the function's end
-    path = join(args.output_dir, ranks.gather(basename(probe.name))[0])  # the one that rank 0 has made
-    until = time.time() + 10  # network storage may take seconds to show a file
-    with ranks.together():  # each rank writes a part of every checkpoint
+    mine = tempfile.TemporaryDirectory(dir=args.output_dir, prefix=".staging-", ignore_cleanup_errors=True)  # empty
+    with mine as probe, ranks.together():  # each rank writes a part of every checkpoint
+        path = join(args.output_dir, ranks.gather(basename(probe))[0])  # the directory that rank 0 has made
+        until = time.time() + 10  # network storage may take seconds to show it
         while not (exists(path) or args.evaluate_only):  # with --do_eval only rank 0 writes
             time.sleep(0.5)  # seconds: the storage is not flooded
-            die_if(time.time() > until, f"--output_dir {args.output_dir} does not show what rank 0 writes "  # 10 s
-                   "there: it has to be on storage that all machines share")
+            die_if(time.time() > until, f"--output_dir {args.output_dir} does not show what rank 0 writes there: "
+                   "it has to be on storage that all machines share")
 
 def run_settings(args, training_args):  # → {name: JSON value} of the flags that decide the final weights
     flags = vars(args) | training_args.to_dict()  # defaults included, ours and the Trainer's
     steered = training_args.lr_scheduler_type in ("reduce_lr_on_plateau", "greedy")  # losses steer the rate
-    steered |= training_args.load_best_model_at_end  # else evaluations change no weights
+    steered |= training_args.load_best_model_at_end  # the best one becomes the result
     looks = ("validation_file", "max_eval_samples", "eval_", "save_st") if steered else ()  # save_st: strategy, steps
-    settings = {name: value for name, value in flags.items()  # about 70 stay
+    settings = {name: value for name, value in flags.items()  # about 60 stay
                 if not name.startswith(HARMLESS) or name.startswith(looks)}  # harmless flags may still change
-    settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # by the launcher
+    settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # set by accelerate
     for name in {"train_file", "validation_file"} & settings.keys():  # fingerprints() compares every id later
-        settings[name] = [f"{basename(path)} ({getsize(path):,} bytes)" for path in flags[name]]  # a file may move
-    settings["model_name_or_path"] = basename(args.model_name_or_path.rstrip(os.sep))  # the model may move
-    return json.loads(json.dumps(settings, default=str))  # as a manifest gives them back
+        settings[name] = [f"{basename(path)} ({getsize(path):,} bytes)" for path in flags[name]]  # its path may change
+    settings["model_name_or_path"] = basename(args.model_name_or_path.rstrip(os.sep))  # its path may change
+    return json.loads(json.dumps(settings, default=str))  # as run.json gives them back
 
 # ── Checkpoints ────────────────────────────────────────────────────────────────────────────────────
 # The Trainer saves into .staging; on_save() publishes what is whole. What a kill may leave, at any instant:
@@ -465,9 +464,9 @@ def run_settings(args, training_args):  # → {name: JSON value} of the flags th
 #  4. The finished model is in output_dir, with a manifest.json; model.safetensors is the last file to arrive.
 #  5. One process, rank 0 with the lock on output_dir, decides, renames and deletes.
 @dataclass  # made once, by main()
-class Run:  # who this run is; settings, versions and chosen are in each manifest
+class Run:  # who this run is; run.json keeps settings, versions and chosen
     settings: dict  # flags, data and model that decide the weights: none may differ
-    versions: dict  # torch, transformers, device: may differ, with a warning
+    versions: dict  # torch, transformers, device of this call: may differ, with a warning
     chosen: str | None  # path of --resume_from_checkpoint; None: the newest whole one
     output_dir: str  # where the finished model goes
     ranks: Ranks  # all processes of this run
@@ -478,22 +477,25 @@ class Run:  # who this run is; settings, versions and chosen are in each manifes
 class Resume:  # where this call goes on from
     path: str | None = None  # a checkpoint; output_dir if the run has finished; None: a fresh start
     settings: dict = field(default_factory=dict)  # those of the run that has made it
-    versions: dict = field(default_factory=dict)  # torch, transformers and device that it began with
+    versions: dict = field(default_factory=dict)  # torch, transformers and device of the call that saved it
     chosen: str | None = None  # --resume_from_checkpoint of the call that has made it
     state: object = None  # transformers.TrainerState: steps made and to come, every log line
     best: str | None = None  # path of the checkpoint with the best evaluation
 
 def lock_output_dir(output_dir):  # → the open lock file; the lock ends with the process
-    file = open(join(output_dir, ".lock"), "a+")  # a+ leaves the owner's name in the file
-    try:  # lockf: a lock of flock would live on in forked data loaders
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if another process has the lock
-    except BlockingIOError:  # another run has the lock
-        file.seek(0)  # a+ opens the file at its end
-        die(f"--output_dir {output_dir} is in use by {file.read().strip()}: wait, or choose another", 1)  # may end
-    except OSError as error:  # a file system without locks, such as an old NFS
-        log0(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")  # the run goes on
-    file.truncate(0)  # removes the name of the last owner
-    print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # who has the lock
+    try:  # a full disk, or a lock file of another user
+        file = open(join(output_dir, ".lock"), "a+")  # a+ leaves the owner's name in the file
+        try:  # lockf: a lock of flock would live on in forked data loaders
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if another process has the lock
+        except BlockingIOError:  # another run has the lock
+            file.seek(0)  # a+ opens the file at its end
+            die(f"--output_dir {output_dir} is in use by {file.read().strip()}: wait, or choose another", 1)
+        except OSError as error:  # a file system without locks, such as an old NFS
+            log0(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")
+        file.truncate(0)  # removes the name of the last owner
+        print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # who has the lock
+    except OSError as error:  # error.strerror: the reason, from Linux
+        die(f"--output_dir {output_dir} cannot be written ({error.strerror}): mend that, or choose another", 1)
     return file  # main() keeps the file open until the process ends
 
 def fsync(path):  # wait until a file or directory is on the disk: a rename must not overtake it
@@ -503,11 +505,11 @@ def fsync(path):  # wait until a file or directory is on the disk: a rename must
 
 def write_manifest(folder, run):  # seal a folder and flush it to the disk; a rename comes next
     lock = join(run.output_dir, ".lock")  # another run may have made this file anew
-    if not exists(lock) or not os.path.samestat(os.fstat(run.lock.fileno()), os.stat(lock)):  # not the file we locked
-        die(f"--output_dir {run.output_dir} was moved or removed during the run: what was saved is where it "  # or gone
-            "was moved to; put it back, and the same command again goes on", 1)  # 1: may work later
+    if not exists(lock) or not os.path.samestat(os.fstat(run.lock.fileno()), os.stat(lock)):  # gone, or made anew
+        die(f"--output_dir {run.output_dir} was moved or removed during the run: put it back in the place of "
+            "what is there now, and the same command again goes on", 1)  # 1: may work later
     with open(join(folder, "run.json"), "w") as file:  # who the run is; trainer_state.json says how far it is
-        json.dump({"settings": run.settings, "versions": run.versions, "chosen": run.chosen}, file)  # fields of Resume
+        json.dump({"settings": run.settings, "versions": run.versions, "chosen": run.chosen}, file)  # see class Resume
     names = [name for name in os.listdir(folder) if not name.endswith("_results.json")]  # results may vanish
     with open(join(folder, "manifest.json"), "w") as file:  # the last file to be written
         json.dump({name: checksum(join(folder, name), True) for name in names}, file)  # 2 s for 3 GB
@@ -521,17 +523,18 @@ def verify(folder, chosen=None):  # before a checkpoint or a finished model is t
     try:  # checkpoints of other programs have no manifest
         with open(join(folder, "manifest.json")) as file:  # the last file that write_manifest() wrote
             files = json.load(file)  # {name: {"num_bytes": size, "checksum": SHA-256}}
-        for name in {"run.json", "trainer_state.json"} | files.keys():  # KeyError: another program's manifest
-            if checksum(join(folder, name), True) != files[name]:  # OSError for a missing file
+        for name in {"run.json", "trainer_state.json"} | files.keys():  # AttributeError: another's manifest
+            if checksum(join(folder, name), True) != files.get(name):  # OSError for a missing file
                 return None, f"{name} is damaged"  # one damaged file is reason enough
         with open(join(folder, "run.json")) as file:  # its checksum is right
             resume = Resume(folder, **json.load(file))  # TypeError: of another version of main.py
-        resume.state = transformers.TrainerState.load_from_json(join(folder, "trainer_state.json"))  # with its log
-        if best := resume.state.best_model_checkpoint:  # None without evaluations, and in a finished model
+        resume.state = transformers.TrainerState.load_from_json(join(folder, "trainer_state.json"))  # and its log lines
+        best = resume.settings["load_best_model_at_end"] and resume.state.best_model_checkpoint  # None when finished
+        if best:  # needed at the end of the run
             beside = join(dirname(folder), basename(best))  # there also when the run has been moved
             resume.best = beside if exists(beside) else best  # elsewhere: beside a chosen checkpoint
             fault = realpath(resume.best) != realpath(folder) and verify(resume.best)[1]  # 2 seconds more
-            if fault:  # the run could not end without its best checkpoint
+            if fault:  # --load_best_model_at_end could not end without it
                 return None, f"the best one, {best}, cannot be used: {fault}"  # fault is that of the best one
         if chosen not in (None, realpath(folder), resume.chosen):  # neither the chosen one nor made from it
             return None, f"it did not come of {chosen}"  # --resume_from_checkpoint leaves this one behind
@@ -546,25 +549,23 @@ def find_checkpoint(run):  # on rank 0 → Resume of the finished run, the newes
     resume, fault = verify(output_dir, run.chosen)  # a finished run has its manifest in output_dir
     if fault and run.chosen:  # fault: no finished run is here; and a checkpoint was chosen
         resume, harm = verify(run.chosen)  # the user's choice is never silently replaced
-        die_if(harm, f"--resume_from_checkpoint {run.chosen} cannot be used: {harm}; "  # missing or damaged
-               "without the flag the newest whole one is taken")
+        die_if(harm, f"--resume_from_checkpoint {run.chosen} cannot be used: {harm}; without it the newest is taken")
         if differences(resume.settings, run.settings):  # refuse_other_run() will name the differences
             return resume  # before anything has been renamed
     while fault and (path := get_last_checkpoint(output_dir) or run.chosen):  # newest first, chosen one last
         resume, fault = verify(path, run.chosen)  # reads 3.2 GB in two seconds
         if fault:  # then no later call may see the checkpoint
             aside = join(output_dir, f"unused-{basename(path)}")  # kept, for the user to look at
-            while exists(aside):  # the same step was set aside before
-                aside += "-again"  # nothing is ever written over
+            aside += f"-{time.time():.0f}" * exists(aside)  # when the same step was set aside before
             os.rename(path, aside)  # renamed: now invisible
             log0(f"warning  {path} is not used ({fault}); set aside as {aside}")  # the next newest is tried
-    die_if(fault and exists(join(output_dir, "model.safetensors")),  # another run's model
+    die_if(fault and exists(join(output_dir, "model.safetensors")),  # made by something else
            f"--output_dir {output_dir} holds a model, which would be written over ({fault}): choose another")
     return resume or Resume()  # None from verify(): a fresh start
 
 def refuse_other_run(run, resume):  # called twice: for the flags, then with data and weights
     other = resume.path and differences(resume.settings, run.settings)  # "" if nothing differs
-    die_if(other, f"{resume.path} belongs to a run with other settings: {other}. Give the old ones to go on; "  # both
+    die_if(other, f"{resume.path} belongs to a run with other settings: {other}. Give the old ones to go on; "
            "for a new run give another --output_dir (the finished model may be its --model_name_or_path)")
 
 def rotate(output_dir, limit, protected):  # keep the newest `limit` checkpoints and the protected paths
@@ -600,27 +601,27 @@ def loaded(flag, name, load, *args, **named):  # → load(*args, **named), or a 
     except Exception as error:  # no SystemExit, by which a signal ends the run
         words = one_line(" ".join(traceback.format_exception(error, limit=0)))  # all errors in the chain
         path = f"/datasets/{name}" if flag == "--dataset_name" else f"/{name}"  # of the page with the terms
-        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + path  # said to the user
+        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + path  # of the page to open
         for pattern, sentence in HUB_ERRORS.items():  # the first pattern that fits decides
             if found := re.search(pattern, words):  # may capture the list of configurations
-                die(f"{flag} {name} {sentence.format(url=url, found=found[found.re.groups])}")  # case and remedy
-        die(f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400]}")  # no pattern fits
+                die(f"{flag} {name} {sentence.format(url=url, found=found[found.re.groups])}")
+        die(f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400]}")
 
 def load_model(args):  # from the hub, its cache or a directory
     """Return (tokenizer, model in float32, on the CPU): bfloat16 would lose updates of 2e-5. Raises: SystemExit."""
     name = args.model_name_or_path  # a hub name or a directory
-    flag = "--model_name_or_path"  # for sentences
+    flag = "--model_name_or_path"  # names the flag in sentences
     attention = "flash_attention_2" if args.use_flash_attention else "sdpa"  # sdpa: PyTorch's own kernels
     config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # if missing, an empty one is made
-    tokenizer = loaded(flag, f"{name} (its tokenizer.json)", transformers.AutoTokenizer.from_pretrained, name)  # fast
+    tokenizer = loaded(flag, f"{name} (its tokenizer.json)", transformers.AutoTokenizer.from_pretrained, name)  # BOS
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
-    die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: the model's context is {most}")  # new
+    die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: the model's context is {most}")
     model, report = loaded(  # downloads 536 MB the first time
-        flag, name, transformers.AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32,  # master weights
-        attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True)  # fills the report
+        flag, name, transformers.AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32,  # for small updates
+        attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True)  # says what is missing
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # random
-    die_if(wrong, f"{flag} {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # names of weights
+    die_if(wrong, f"{flag} {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the collator asks; nothing is padded
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
         model.resize_token_embeddings(len(tokenizer))  # table and head get new rows
@@ -652,7 +653,7 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
                 for part in words:  # 16-bit copies of the head, a part at a time
                     logits[:, part] = states @ head[part].to(dtype).T  # (rows, part) of the logits
                 # d loss / d logit is p - 1 for the label, p for every other word, with p = softmax(logits).
-                tensors = (logits, targets[chunk], losses[chunk])  # of a chunk of tokens
+                tensors = (logits, targets[chunk], losses[chunk])  # the same rows of logits, labels, losses
                 parts = (tensor.split(SOFTMAX_ROWS.get(kind, 16)) for tensor in tensors)  # views of R tokens
                 for scores, target, loss in zip(*parts, strict=True):  # R tokens: float32 takes 1 MB a token
                     logs = torch.log_softmax(scores, -1, dtype=torch.float32)  # (R, V): log p of every word
@@ -695,7 +696,7 @@ def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alon
         rows = table(input_ids).detach().requires_grad_()  # a leaf
         def add(grad):  # (B, T, H): the end of the backward pass
             grad = grad * table.scalar_embed_scale * (input_ids != table.padding_idx)[..., None]  # as table()
-            head.weight.grad.index_add_(0, input_ids.flatten(), grad.flatten(0, 1).to(head.weight.dtype))  # to (V, H)
+            head.weight.grad.index_add_(0, input_ids.flatten(), grad.flatten(0, 1).to(head.weight.dtype))  # sums rows
         rows.register_hook(add)  # autograd calls add() with rows' gradient
         return rows  # in the place of input_ids
 
@@ -756,28 +757,28 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
     schema = datasets.Features({"text": datasets.Value("large_string")})  # 64-bit offsets: texts of gigabytes
     for split in [split for split in files if files[split]]:  # all files are read first: faults show early
         kwargs = {"files": tuple(files[split]), "column": args.text_column}  # datasets would split up a list
-        texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # a row a text
+        texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # one text a row
     chunks = {}  # split → Dataset of chunks
     for split in list(texts):  # list(): pop() shrinks texts in the loop
-        packed = pack_split(split, texts.pop(split), tokenizer, args, rebuild)  # pop lets go of the text
+        packed = pack_split(split, texts.pop(split), tokenizer, args, rebuild)  # frees each after its use
         chunks[split] = packed.take(min(limits[split] or len(packed), len(packed)))  # a view, no copy
         if len(chunks[split]) < len(packed):  # --max_train_samples or --max_eval_samples is in force
-            log0(f"{split}: only the first {limits[split]:,} of {len(packed):,} chunks are used")  # never in silence
+            log0(f"{split}: only the first {limits[split]:,} of {len(packed):,} chunks are used")
     return chunks.get("train"), chunks.get("validation")  # memory-mapped
 
 def load_named_dataset(args, wanted):  # wanted: names of splits, of which the first must be there
     """Return {split: Dataset of the text column} of --dataset_name, from the hub or a directory."""
-    name = {"wikitext": "Salesforce/wikitext"}.get(args.dataset_name, args.dataset_name)  # its present name
+    name = {"wikitext": "Salesforce/wikitext"}.get(args.dataset_name, args.dataset_name)  # renamed on the hub
     config = args.dataset_config_name  # None without the flag
     if name == "Salesforce/wikitext" and not config:  # the example that everybody starts with
         config = "wikitext-2-raw-v1"  # untouched text; wikitext-103 has 50 times as much
         log0(f"{name}: no --dataset_config_name given, taking {config}.")  # no choice is made in silence
     saved = isfile(join(name, "state.json")) or isfile(join(name, "dataset_dict.json"))  # from save_to_disk()
-    die_if(saved and config, f"--dataset_config_name {config}: {name} is one saved data set; leave it out")  # no choice
+    die_if(saved and config, f"--dataset_config_name {config}: {name} is one saved data set; leave it out")
     if saved:  # a Dataset or a DatasetDict
         data = loaded("--dataset_name", name, datasets.load_from_disk, name)  # memory-mapped
     else:  # on the hub, or a directory of data files
-        data = loaded("--dataset_name", name, datasets.load_dataset, name, config, cache_dir=args.cache_dir)  # once
+        data = loaded("--dataset_name", name, datasets.load_dataset, name, config, cache_dir=args.cache_dir)  # cached
     data = data if isinstance(data, dict) else {"train": data}  # a lone Dataset is training data
     die_if(wanted[0] not in data,  # no other split is taken in silence
            f"--dataset_name {name} has no {wanted[0]} split, only {', '.join(data)}: give --{wanted[0]}_file instead")
@@ -810,16 +811,16 @@ def read_texts(files, column):  # a generator: in memory is one row, or one JSON
             rows += 1  # an empty file is an error below
             row = {column: row} if kind == ".txt" else row  # .txt is the one format without columns
             if not isinstance(row, dict):  # a bare string, number or list
-                die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # by example
+                die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')
             check_column(f"{path}, line 1" if kind == ".csv" else place, column, row)  # names may change half-way
             text = row[column]  # str or None, if the file is right
             if not isinstance(text, str | None):  # numbers and lists are no text
-                die(f"{place}: column {column!r} holds {json.dumps(text)[:60]}, not text; "  # as in the file
+                die(f"{place}: column {column!r} holds {json.dumps(text)[:60]}, not text; "
                     "choose another with --text_column, or put quotes around it")
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
-                die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")  # JSON lets it pass
+                die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")
             yield {"text": text}  # one row of the cache; null counts as blank later
-    die_if(not rows, f"{', '.join(files)}: no rows, so nothing to train on; check how it was written")  # a lone header
+    die_if(not rows, f"{', '.join(files)}: no rows; check how it was written")  # a lone header, or an empty array
 
 def read_lines(path):  # → (place, line); a line ends with \n; the file may be gzipped, and larger than memory
     unpack = gzip.open if path.endswith(".gz") else open  # gzip.open and open take the same arguments
@@ -832,7 +833,7 @@ def read_lines(path):  # → (place, line); a line ends with \n; the file may be
                 yield f"{path}, line {number}", line.replace("\r\n", "\n")  # Windows ends lines with \r\n
         except UnicodeDecodeError as error:  # the file is Latin-1, UTF-16 or no text
             byte = lines.buffer.tell() - len(error.object) + error.start  # offset from 0, once unpacked
-            encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"  # a guess for iconv
+            encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"  # by its first bytes
             die(f"{path} is not UTF-8: byte {byte} is 0x{error.object[error.start]:02x}; "  # the first bad byte
                 f"convert it, for example with iconv -f {encoding} -t utf-8")
         except (OSError, EOFError, gzip.zlib.error) as error:  # a bad disk; a .gz cut short, or none at all
@@ -854,7 +855,7 @@ def read_csv(path):  # → (place, {column: str}); values in quotes may span lin
 def read_json(path):  # → (place, value) of each line of JSON, or of each item of one JSON array
     first = next((line for _, line in read_lines(path) if line.strip()), "")  # tells the two layouts apart
     array = first.lstrip().startswith("[")  # an array is parsed whole: take lines for gigabytes
-    text = array and "".join(line for _, line in read_lines(path))  # an array whole in memory; lines are not
+    text = array and "".join(line for _, line in read_lines(path))  # "" for lines, which are read one by one
     for place, part in [(path, text)] if array else read_lines(path):  # a part: the array, or one line
         try:  # without rstrip() a fault at the end would count as on the next line
             values = json.loads(part.rstrip() or "[]")  # a list for an array or a blank line, else one value
@@ -873,7 +874,7 @@ def check_column(place, column, columns):  # place (str): where, for the sentenc
 
 def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of report for the split
     """Tokenize and pack rows (a Dataset of one column), report what became of them. Returns: Dataset of chunks."""
-    recipe = (tokenize_texts, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), args.add_eos)  # decides all ids
+    recipe = (tokenize_texts, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), args.add_eos)  # fixes every id
     key = Hasher.hash(recipe)  # hashing the tokenizer object would take four seconds
     folder = os.path.expanduser(args.cache_dir or datasets.config.HF_DATASETS_CACHE)  # data may be read-only
     size = TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes)  # rows with 1 MB of text, on average
@@ -885,7 +886,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of rep
         features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),  # 4 bytes an id
         num_proc=args.preprocessing_num_workers, load_from_cache_file=not rebuild,  # None: no extra process
         cache_file_name=join(folder, f"tokenized-{key}.arrow"), new_fingerprint=key)  # found again by the key
-    die_if(not len(tokenized), f"the {split} data holds no text: all {len(rows):,} rows are blank or null")  # no text
+    die_if(not len(tokenized), f"the {split} data holds no text: all {len(rows):,} rows are blank or null")
     length = args.max_seq_length  # T, the tokens of a chunk
     sizes = pc.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each text, int32
     kept = sizes if args.no_truncation else sizes.clip(max=length)  # tokens of each text that are packed
@@ -895,7 +896,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of rep
          f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept = "
          f"{total // length:,} chunks of {length:,} + {total % length:,} tokens dropped at the end")
     if lost > 0.2 * sizes.sum():  # long documents, of which only the beginnings are learnt
-        log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: see --no_truncation")  # said
+        log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: see --no_truncation")
     die_if(total < length,  # text for less than one chunk
            f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: add text, or give "
            f"--max_seq_length {total} or less")
@@ -906,7 +907,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of rep
 def tokenize_texts(texts, tokenizer, eos):  # called by datasets.map, maybe in several processes
     """Map list[str or None] to {"input_ids": list[list[int]]}: BOS, text, eos (list[int]); no blank texts."""
     texts = [text for text in texts if text and not text.isspace()]  # a blank text would be a lone BOS
-    ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []  # a list a text
+    ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []  # ids of each text
     return {"input_ids": [row + eos for row in ids]}  # not cut: that is for group_texts
 
 def group_texts(files, length, truncate):  # Arrow files of tokenized texts → chunks, without padding
@@ -923,8 +924,8 @@ def group_texts(files, length, truncate):  # Arrow files of tokenized texts → 
 
 def fingerprints(model, train, validation):  # → {"model", "train_data", "validation_data": SHA-256}
     odd = ("transformers_version", "_name_or_path", "use_cache", "dtype")  # keys that change no result
-    config = {key: value for key, value in model.config.to_dict().items() if key not in odd}  # the window and more
-    sums = {"model": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())}  # the weights follow
+    config = {key: value for key, value in model.config.to_dict().items() if key not in odd}  # such as sliding_window
+    sums = {"model": hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())}  # next, its weights
     for weight in model.parameters():  # finds a model directory that was changed in between
         sums["model"].update(weight.detach().numpy().data)  # float32, still on the CPU: half a second
     for name, data in (("train_data", train), ("validation_data", validation)):  # Datasets of chunks, or None
@@ -954,10 +955,6 @@ def flops_per_token(model, length):  # FLOPs of training on a token of a chunk: 
     lookup = (not config.tie_word_embeddings) * config.vocab_size * config.hidden_size  # rows are only read
     return 6 * (model.num_parameters() - lookup) + 12 * width * config.num_attention_heads * back  # 1.73e9 for 270M
 
-def epoch_of(chunks, args):  # → (chunks in a pass of all ranks, steps of an epoch)
-    a_pass = args.train_batch_size * args.world_size  # an epoch's last pass may be smaller
-    return a_pass, max(1, math.ceil(chunks / a_pass / args.gradient_accumulation_steps))  # 1 step or more
-
 class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its own callback, for on_save()
     """The Trainer with honest numbers, a guard against NaN, a stop at signals, and checkpoints made whole."""
     def __init__(self, run, resume, **named):  # named: for the Trainer
@@ -970,9 +967,9 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
 
     def on_train_begin(self, args, state, control, **_):  # everything is loaded, nothing trained
         state.compute_steps(args, state.max_steps)  # a changed --logging_steps or --save_steps takes effect
-        state.best_model_checkpoint = self.resume.best  # its present path, as the run may have been moved
+        state.best_model_checkpoint = self.resume.best or state.best_model_checkpoint  # the run may have been moved
         last = ([{"tokens_seen": 0, "seconds": 0.0}] + self.lines())[-1]  # each checkpoint has a line
-        self.tokens = last["tokens_seen"]  # by earlier calls
+        self.tokens = last["tokens_seen"]  # tokens of earlier calls
         self.earlier = last["seconds"]  # training time of earlier calls
         self.first = state.global_step  # steps that earlier calls have made
         self.began = time.time()  # when this call began to train, seconds since 1970
@@ -984,7 +981,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         batches = self.current_gradient_accumulation_steps  # perhaps fewer in an epoch's last step
         tokens = inputs["input_ids"].numel() * self.args.world_size  # tokens of this batch on all ranks
         learnt = tokens * batches if num_items_in_batch is None else num_items_in_batch  # tokens in the step
-        self.sums += torch.stack([share * learnt, torch.as_tensor(learnt / batches, device=share.device)])  # no wait
+        self.sums += torch.stack([share * learnt, torch.as_tensor(learnt / batches, device=share.device)])  # no sync
         self.tokens += tokens  # no padding: every id is a token trained on
         return share  # the Trainer sums up the shares itself
 
@@ -993,12 +990,12 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         if self.stopping:  # the Trainer saves; on_save() ends the run
             control.should_save = control.should_training_stop = True  # in addition to what is due anyway
             args.save_strategy = "steps"  # "best" would save only the best model so far
-        due = control.should_save or control.should_evaluate or state.global_step >= state.max_steps  # or the end
+        due = control.should_save or control.should_evaluate or state.global_step >= state.max_steps  # or last step
         control.should_log |= due  # a checkpoint holds the log line of its step
         if control.should_log:  # the only steps that wait for the device
             finite = [weight.isfinite().all() for weight in self.model.parameters()]  # gradients spoil them
             if not (math.isfinite(sum(self.totals())) and torch.stack(finite).all()):  # the same on all ranks
-                die(f"the loss or the weights are no finite numbers at step {state.global_step}: nothing of it is "  # 1
+                die(f"the loss or the weights are no finite numbers at step {state.global_step}: nothing of it is "
                     "saved. Usual causes: a --learning_rate too high, --fp16, a broken model. Change that, and start "
                     "with another --output_dir", 1)  # 1: the call itself is right
     def totals(self):  # since the last log line, of all ranks: [sum of losses, number of their tokens]
@@ -1032,7 +1029,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         if "train_loss" in logs:  # after the last step: numbers of all calls together
             start = time.time() - self.lines()[-1]["seconds"]  # as if all calls were one
             logs |= speed_metrics("train", start, self.tokens // self.length, step)  # chunks, steps per second
-            tokens = np.diff([0, *(line["tokens_seen"] for line in self.lines())])  # of each line
+            tokens = np.diff([0, *(line["tokens_seen"] for line in self.lines())])  # tokens of each log line
             logs["train_loss"] = float(np.average([line["loss"] for line in self.lines()], weights=tokens))  # of all
         super().log(logs, *rest)  # to console, TensorBoard and trainer_state.json
 
@@ -1076,9 +1073,10 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             super()._run_epoch(**named)  # an epoch, or the rest of one
 
 def make_trainer(model, tokenizer, args, train, validation, run, resume):  # → FineTuner, with the model on the device
-    epoch_steps = epoch_of(len(train or ()), args)[1]  # optimizer steps of an epoch
+    a_step = args.train_batch_size * args.gradient_accumulation_steps * args.world_size  # chunks in an optimizer step
+    epoch_steps = max(1, math.ceil(len(train or ()) / a_step))  # the last step of an epoch may be smaller
     for kind in ("logging", "eval", "save"):  # the end of an epoch becomes a step as any other
-        if getattr(args, f"{kind}_strategy") == "epoch":  # what is due at a step comes in one call
+        if getattr(args, f"{kind}_strategy") == "epoch":  # the Trainer ends an epoch in a call of its own
             setattr(args, f"{kind}_strategy", transformers.IntervalStrategy.STEPS)  # steps instead of epochs
             setattr(args, f"{kind}_steps", epoch_steps)  # due once an epoch, as before
             args.eval_delay *= epoch_steps if kind == "eval" else 1  # --eval_delay: from epochs to steps
@@ -1087,7 +1085,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         batch = collator([row["input_ids"] for row in rows])  # the collator's labels lack the pad token
         return batch | {"labels": batch["input_ids"]}  # no padding here, and pad may be EOS: learn every id
     trainer = FineTuner(  # train() makes optimizer and schedule
-        run, resume, model=model, args=args, data_collator=collate, processing_class=tokenizer,  # saved with the model
+        run, resume, model=model, args=args, data_collator=collate, processing_class=tokenizer,  # saved in each model
         train_dataset=train and train.with_format("torch"),  # tensors: lists of numbers take long to stack
         eval_dataset=validation and validation.with_format("torch"),  # None: no evaluation
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()})  # the mean of equally long chunks
@@ -1098,40 +1096,42 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         if plain and type(norm).__name__ == "Gemma3RMSNorm":  # other norms multiply by weight, not 1 + weight
             norm.forward = lambda x, norm=norm: LeanNorm.apply(x, norm.weight, norm.eps)  # set on this object
     with trainer.accelerator.autocast():  # Flash Attention refuses the trial of eight tokens in float32
-        if not use_chunked_loss(model, alone=args.world_size == 1 and not args.torch_compile):  # no plain head
-            log0("note     this model has no plain head: its own loss is used, which holds all logits")  # gigabytes
+        if not use_chunked_loss(model, alone=args.world_size == 1 and not args.torch_compile):  # False: own loss
+            log0("note     this model has no plain head: its own loss is used, which holds all logits")
     if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
-        runs = os.environ["TENSORBOARD_LOGGING_DIR"] = join(run.output_dir, "runs")  # the same for all calls
-        again = train and (resume.state.global_step + 1 if resume.path else 0)  # points that come again
-        writer = torch.utils.tensorboard.SummaryWriter(runs, purge_step=again)  # one curve
+        again = train and (resume.state.global_step + 1 if resume.path else 0)  # first step to be logged anew
+        writer = torch.utils.tensorboard.SummaryWriter(join(run.output_dir, "runs"), purge_step=again)  # one curve
         trainer.add_callback(integration_utils.TensorBoardCallback(writer))  # writes each log line at once
-        threading.excepthook = lambda end: end.exc_type is OSError or threading.__excepthook__(end)  # the disk is full
+        trainer.callback_handler.callbacks[-1]._SummaryWriter = None  # the evaluation at the end opens no new writer
+        threading.excepthook = lambda end: end.exc_type is OSError or threading.__excepthook__(end)  # main thread tells
     return trainer  # ready to train or to evaluate
 
 # ── The run ────────────────────────────────────────────────────────────────────────────────────────
 def print_plan(args, training_args, model, train, validation):  # what is about to happen, and what is odd
     world = training_args.world_size  # processes on all machines
     dtype = f"{training_args.mixed_precision} autocast".replace("no autocast", "float32")  # dtype of products
-    peak = peak_flops(training_args)  # of all devices; 0 on a CPU
-    mfu = f"; MFU against {peak / 1e12:,.0f} TFLOP/s" if peak else ""  # the plan alone states the peak
+    peak = peak_flops(training_args) / 1e12  # TFLOP/s of all devices; 0 on a CPU
+    mfu = f"; MFU against {peak:,.0f} TFLOP/s" * bool(peak)  # only the plan states the peak
     size = model.num_parameters()  # a tied head counts once
-    log0(f"model    {args.model_name_or_path}, {size:,} parameters in float32, "  # the master weights
+    log0(f"model    {args.model_name_or_path}, {size:,} parameters in float32, "
          f"{model.config._attn_implementation} attention",
          f"device   {training_args.device.type}, {world} process{'es' * (world > 1)}, {dtype}{mfu}")
     if train is not None:  # --do_eval alone has no plan of steps
         used = len(train)  # chunks of an epoch
-        a_pass, epoch = epoch_of(used, training_args)  # chunks of a pass, steps of an epoch
+        a_pass = training_args.train_batch_size * world  # chunks of a forward pass of all ranks
         a_step = a_pass * args.gradient_accumulation_steps  # chunks in an optimizer step
-        steps = args.max_steps if args.max_steps > 0 else math.ceil(args.num_train_epochs * epoch)  # as the Trainer
-        at_peak = training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")  # no warm-up
+        epoch = max(1, math.ceil(used / a_step))  # steps of an epoch, whose last one may be smaller
+        epochs = math.ceil(args.num_train_epochs * epoch)  # steps, as the Trainer counts them
+        steps = training_args.max_steps if training_args.max_steps > 0 else epochs  # --max_steps has priority
+        at_peak = training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")  # without warm-up
         warmup = 0 if at_peak else training_args.get_warmup_steps(steps)  # a value below 1 is a part of steps
         notes = {  # sentence: whether it applies; none of them in an ordinary run
             f"the run is shorter than its warm-up: it reaches {(steps - 1) / max(warmup, 1):.1%} of the learning rate; "
             f"lower --warmup_steps, to {steps // 10} for example": warmup >= steps,  # the rate starts at 0
             f"all {used:,} chunks make less than one step of {a_step:,}: lower --gradient_accumulation_steps "
             f"to {max(1, used // a_pass)} for a full one": used < a_step,  # a handful of texts
-            f"{-used % a_pass:,} chunks are trained on twice an epoch": used % a_pass and world > 1}  # to fill a pass
-        log0(f"batch    {args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps}"  # in chunks
+            f"{-used % a_pass:,} chunks are trained on twice an epoch": used % a_pass and world > 1}  # repeats fill up
+        log0(f"batch    {args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps}"
              f" accumulation × {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "
              f"warm-up {warmup:,} steps", *(f"note     {note}" for note in notes if notes[note]))  # lines
@@ -1139,9 +1139,9 @@ def print_plan(args, training_args, model, train, validation):  # what is about 
         needed = (args.save_total_limit + 1 - len(  # checkpoints still to come, in bytes
             glob("checkpoint-*", root_dir=args.output_dir))) * 12 * size  # 12 bytes: a weight, Adam's two
         if free < needed:  # limit + 1: the oldest goes once the newest is there
-            log0(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in "  # for all that are kept
+            log0(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in "  # for limit + 1 of them
                  f"{args.output_dir}, where {free / 1e9:.2g} GB are free: see --save_total_limit")
-    log0(f"output   {args.output_dir} (tensorboard --logdir {join(args.output_dir, 'runs')})")  # how to watch
+    log0(f"output   {args.output_dir} (tensorboard --logdir {join(args.output_dir, 'runs')})")
 
 def save_results(trainer, split, metrics):  # a table, {split}_results.json, and a part of all_results.json
     trainer.log_metrics(split, metrics)  # rank 0 prints a table
@@ -1169,15 +1169,15 @@ def train_and_save(trainer, run, resume):  # train, evaluate, publish; a kill an
 
 def explain(error, training_args, run):  # a sentence for errors that the user can mend
     words = one_line(error)  # the error's own words
-    lost = isinstance(error, RuntimeError) and re.search("timed ?out|by peer|remote process", words, re.I)  # of gloo
+    lost = isinstance(error, RuntimeError) and re.search("timed ?out|by peer|remote process", words, re.I)  # gloo, NCCL
     if lost and training_args.world_size > 1:  # a rank is lost; tools/launch.py says which
-        die(f"another process was lost or does not answer ({words}); the same command again goes on", 1, True)  # each
-    if re.search("out of memory|can't allocate memory", words) or isinstance(error, MemoryError):  # on GPU or CPU
+        die(f"another process was lost or does not answer ({words}); the same command again goes on", 1, True)
+    if re.search("out of memory|an(no|')t allocate memory", words) or isinstance(error, MemoryError):  # on GPU or CPU
         die(f"out of memory on {training_args.device}: {REMEDIES}", 1, True)  # perhaps on this rank only
     disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", repr(error))  # full disk
     if disk or isinstance(error, OSError):  # No space left on device, and the like
         free = shutil.disk_usage(run.output_dir).free if isdir(run.output_dir) else 0  # 0: it is gone
-        die(f"--output_dir {run.output_dir} cannot be written ({words}). {free / 1e9:.2g} GB are free, a "  # 12 bytes
+        die(f"--output_dir {run.output_dir} cannot be written ({words}). {free / 1e9:.2g} GB are free, a "
             "checkpoint needs 3.2. What was saved is whole: mend that, and the same command goes on", 1, True)  # each
     if isinstance(error, ImportError | ValueError) and not run.signals.in_training:  # before the first step
         die(f"a flag of the Trainer cannot be used: {words}")  # such as --use_liger_kernel without package
@@ -1189,10 +1189,10 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
             raise args  # together() tells the other ranks
         training_args = make_training_arguments(args)  # from here on the device is known
         transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
-        versions = {name: version(name) for name in ("torch", "transformers")}  # a change is no error
-        versions |= {"device": training_args.device.type}  # "cuda" or "cpu"
+        tools = {name: version(name) for name in ("torch", "transformers")}  # a change is no error
+        tools["device"] = training_args.device.type  # "cuda" or "cpu"
         own = run_settings(args, training_args)  # by which this run is known again
-        run = Run(own, versions, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # all in one place
+        run = Run(own, tools, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # what on_save() needs
     if ranks.size > 1:  # several processes: compare before any work
         check_plan(args, training_args, ranks)  # flags, versions and output_dir must agree
     found = Resume()  # a fresh start, unless a checkpoint is found
@@ -1200,10 +1200,10 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         if ranks.rank == 0 and not args.evaluate_only:  # an evaluation writes no checkpoint
             run.lock = lock_output_dir(args.output_dir)  # held until this process ends
             found = find_checkpoint(run)  # on one rank: two choices would train two runs
-            refuse_other_run(run, found)  # before minutes of work
+            refuse_other_run(run, found)  # flags, before minutes of work
     resume = ranks.gather(found)[0]  # all ranks take what rank 0 has found
     if resume.path == args.output_dir:  # the finished model is there, and whole
-        log0(f"This run finished at step {resume.state.global_step:,}: nothing is left to train. To train "  # no error
+        log0(f"This run finished at step {resume.state.global_step:,}: nothing is left to train. To train "
              f"further, give --model_name_or_path {args.output_dir} and another --output_dir.")
         return  # exit status 0, before data and weights are loaded
     with ranks.together():  # phase: the model, float32 and still on the CPU
@@ -1215,7 +1215,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     prints = fingerprints(model, train, validation)  # of every token and every weight
     ranks.check_same(prints)  # copies of the data may differ between machines
     steers = ["validation_data"] * ("validation_file" in run.settings)  # there if losses steer the run
-    run.settings |= {name: prints[name] for name in ("model", "train_data", *steers)}  # all decide the weights
+    run.settings |= {name: prints[name] for name in ("model", "train_data", *steers)}  # they decide the weights, too
     refuse_other_run(run, resume)  # now data and weights count, too
     die_if(validation is None and (training_args.load_best_model_at_end or training_args.eval_on_start),  # none given
            "--load_best_model_at_end and --eval_on_start need validation data: give --validation_file")
@@ -1224,14 +1224,14 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     training_args.eval_on_start &= not resume.path  # an earlier call has made that evaluation
     try:  # a part that is not installed, a full GPU, a full disk
         with ranks.together():  # last phase: after it --ddp_timeout is the limit
-            trainer = make_trainer(model, tokenizer, training_args, train, validation, run, resume)  # fills the device
+            trainer = make_trainer(model, tokenizer, training_args, train, validation, run, resume)  # GPU memory
             print_plan(args, training_args, model, train, validation)  # what is about to happen
         if resume.path:  # the same command again
             state = resume.state  # how far the earlier calls have come
-            log0(f"Going on from {resume.path}, step {state.global_step:,} of {state.max_steps:,}.")  # or the end
-            if resume.versions != versions:  # allowed: a run may move to another machine
+            log0(f"Going on from {resume.path}, step {state.global_step:,} of {state.max_steps:,}.")
+            if resume.versions != run.versions:  # allowed: a run may move to another machine
                 log0("warning  the weights may differ in their last bits: "  # other kernels round otherwise
-                     f"{differences(resume.versions, versions)} when the run began")
+                     f"{differences(resume.versions, run.versions)} when that was saved")
         if args.evaluate_only:  # --do_eval without --do_train
             save_results(trainer, "eval", trainer.evaluate())  # loss and perplexity of the given model
         else:  # every other call trains
@@ -1243,7 +1243,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain about killed loaders
         for loader in multiprocessing.active_children():  # Python would wait: loaders ignore signals
             loader.kill()  # SIGKILL: a data loader has nothing to lose
-    log0(f"Done: the metrics are in {join(args.output_dir, 'all_results.json')}.")  # the last line of a run
+    log0(f"Done: the {'metrics are' if args.evaluate_only else 'model is'} in {args.output_dir}, see all_results.json.")
 
 if __name__ == "__main__":  # python main.py, accelerate launch main.py
     with reported():  # an error ends in one sentence

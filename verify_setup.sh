@@ -70,7 +70,6 @@ program() {  # prints it; the program itself starts it a second time for each GP
     cat <<'PYTHON'  # quoted: the shell changes nothing in it
 """The checks from top to bottom, main() at the end is their list; worker() runs in a process of its own per GPU."""
 
-import ast  # a dictionary of main.py
 import glob  # weight files of a model directory
 import importlib.metadata  # versions of installed packages, without importing them
 import importlib.util  # is flash-attn there?
@@ -458,9 +457,7 @@ def model():  # a directory, or a gated repository of the hub
     if os.path.exists(name) or name.startswith(("/", "./", "../")):  # meant as a path: no hub has such a name
         report("FAIL", "model directory", f"{name} is no directory", "correct --model or MODEL")  # a slip
         return  # nothing to ask the hub for
-    with open(os.path.join(SETTINGS["HERE"], "main.py"), encoding="utf-8") as source:  # an import would load torch
-        found = re.search(r"^MODEL_ALIASES = (\{.*?\})", source.read(), re.MULTILINE | re.DOTALL)  # a dictionary
-    aliases = ast.literal_eval(found[1])  # google/gemma-270m → google/gemma-3-270m
+    aliases = {"google/gemma-270m": "google/gemma-3-270m"}  # as in main.py: no repository has the short name
     if name in aliases:  # the default
         report("PASS", "model name", f"{name} is short for {aliases[name]}")  # the published id
     hub_model(aliases.get(name, name))  # from the cache, or from the hub

@@ -75,11 +75,11 @@ def refuse(tmp_path, train, tiny, earlier):
 # ── Flags ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 CALLS = {
-    "no data": ("", "no train data", "--dataset_name", "--train_file"),
+    "no data": ("", "no data", "--dataset_name", "--train_file"),
     "data twice": (GOOD + "--dataset_name wikitext", "--dataset_name", "--train_file", "leave one out"),
     "data twice, validation": ("--dataset_name wikitext --validation_file {train}", "--validation_file", "exclude"),
-    "validation without train": ("--validation_file {train}", "no train data", "--train_file"),
-    "do_eval without validation": (GOOD + "--do_eval", "no validation data", "--validation_file"),
+    "validation without train": ("--validation_file {train}", "no data", "--train_file"),
+    "do_eval without validation": (GOOD + "--do_eval", "no data", "--validation_file"),
     "best model without validation": (
         GOOD + "--load_best_model_at_end", "--load_best_model_at_end", "validation data", "--validation_file"
     ),

@@ -269,7 +269,7 @@ def spoil(case, flags, tmp_path):
     text = flags[3]
     return {
         "different flags": ([*flags, "--seed", 7], "", "--seed is 7 instead of 42"),
-        "storage that is not shared": (flags, f"mount --bind {tmp_path}/own {tmp_path}/out", "does not see what"),
+        "storage that is not shared": (flags, f"mount --bind {tmp_path}/own {tmp_path}/out", "what rank 0 writes"),
         "an error on node 1 before training": (flags, f"mount --bind {tmp_path}/bad.jsonl {text}", "broken JSON"),
     }[case]
 

@@ -180,7 +180,7 @@ DATA = {  # case: (flags behind --dataset_name, environment), words of the sente
     "unknown, without an owner": (("nowhere", {}), "nowhere", "no such name"),
     "gated without token": (("test/gated-data", {}), "gated", "{hub}/datasets/test/gated-data", "hf auth login"),
     "gated without accepted terms": (
-        ("test/gated-data --dataset_config_name wikitext-2-v1", STRANGER), "gated", "accept", "{hub}/datasets/test/gated-data"
+        ("test/gated-data --dataset_config_name wikitext-2-v1", STRANGER), "accept", "{hub}/datasets/test/gated-data"
     ),
     "gated with an invalid token": (("test/gated-data", INVALID), "refuses your token", "hf auth login"),
     "several configurations": (

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from conftest import in_child
 from torch.nn.functional import cross_entropy
 
 import main
@@ -276,27 +277,24 @@ def test_a_lean_norm_is_the_models_own(dtype, error, shape):
     near([one.grad, lean.weight.grad], [two.grad, wide.weight.grad], error)
 
 
-def trainer_of(model, tiny, tmp_path, **flags):
-    """Let main.py put model and Trainer together for one chunk of tokens. Returns: model."""
+def norms_of_a_trainer(folder, place):
+    """Let main.py put models and Trainer together. Returns: same logits, parts of each model with a new forward."""
     from datasets import Dataset
-    from transformers import AutoTokenizer, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainingArguments
 
-    args = TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], **flags)
-    chunks = Dataset.from_dict({"input_ids": [[2, 3, 4, 5]]})
-    main.make_trainer(model, AutoTokenizer.from_pretrained(tiny), args, chunks, None, None, main.Resume())
-    return model
-
-
-def test_all_norms_of_the_model_are_lean_and_other_models_keep_theirs(model, tiny, tmp_path):
-    """Six a layer and the last one; the logits do not change. The compiler has lean norms of its own."""
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    ids = torch.arange(40).view(2, 20)
-    before, kept = model(input_ids=ids).logits, copy.deepcopy(model)
-    trainer_of(model, tiny, tmp_path)
-    assert torch.equal(model(input_ids=ids).logits, before)
-    assert sum("forward" in vars(part) for part in model.modules()) == 6 * model.config.num_hidden_layers + 2
     small = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    for other, flags in ((AutoModelForCausalLM.from_config(LlamaConfig(**small)), {}), (kept, {"torch_compile": True})):
-        parts = trainer_of(other, tiny, tmp_path, **flags).modules()
-        assert sum("forward" in vars(part) for part in parts) == 1  # the model's own, for the loss
+    llama = AutoModelForCausalLM.from_config(LlamaConfig(**small))
+    gemma, kept = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    ids = torch.arange(40).view(2, 20)
+    before = gemma(input_ids=ids).logits
+    chunks, counts = Dataset.from_dict({"input_ids": [[2, 3, 4, 5]]}), []
+    for model, flags in ((gemma, {}), (llama, {}), (kept, {"torch_compile": True})):
+        args = TrainingArguments(str(place), use_cpu=True, report_to=[], **flags)
+        main.make_trainer(model, AutoTokenizer.from_pretrained(folder), args, chunks, None, None, main.Resume())
+        counts.append(sum("forward" in vars(part) for part in model.modules()))
+    return torch.equal(gemma(input_ids=ids).logits, before), counts
+
+
+def test_all_norms_of_the_model_are_lean_and_other_models_keep_theirs(tiny, tmp_path):
+    """Six a layer, the last one, and the model itself for its loss; the compiler has lean norms of its own."""
+    assert in_child(norms_of_a_trainer, tiny, tmp_path) == (True, [6 * 2 + 1 + 1, 1, 1])

@@ -289,7 +289,8 @@ def test_two_processes_measure_the_best_model(flags, tmp_path):
 def test_the_last_part_of_an_epoch_is_logged_as_well(flags, tmp_path):
     """F17, F24: --logging_strategy epoch, one and a third of it."""
     finish(*flags, "--logging_strategy", "epoch", "--max_steps", 8, "--output_dir", tmp_path / "out")
-    assert [step for step, _ in events(tmp_path / "out" / "runs")["train/loss"]] == [2, 4, 6, 8]  # each checkpoint has its line
+    steps = [step for step, _ in events(tmp_path / "out" / "runs")["train/loss"]]
+    assert steps == [2, 4, 6, 8]  # a checkpoint every 2 steps, each with its line
 
 
 @pytest.mark.slow

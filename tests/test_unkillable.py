@@ -193,7 +193,8 @@ HARM = {
     "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
     "flipped": lambda path: path.write_bytes(bytes([path.read_bytes()[0] ^ 1]) + path.read_bytes()[1:]),
 }
-FILES = "config.json manifest.json model.safetensors optimizer.pt rng_state.pth scheduler.pt trainer_state.json".split()
+FILES = "config.json manifest.json run.json model.safetensors optimizer.pt rng_state.pth scheduler.pt".split()
+FILES += ["trainer_state.json"]
 
 
 @pytest.mark.slow
