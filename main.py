@@ -4,17 +4,16 @@
 
 The file is in the order of a run, and main(), its last function, is the table of contents:
 
-    argv ─▶ parse_args ───────────── a slip is answered at once: torch and its kin are imported below
-    join_group ───────────────────── several processes meet, and from here on end together
-    make_training_arguments ──────── the Trainer's own flags, vetted
-    find_checkpoint ──────────────── where an earlier call of the same command has stopped, if one has
-    load_model, use_chunked_loss ─── float32 weights, 16-bit products, never all logits at once
-    load_and_prepare_dataset ─────── read_texts ─▶ tokenize_texts ─▶ group_texts: chunks of one length
-    make_trainer, train_and_save ─── .staging ─▶ checkpoint-N, curves ─▶ the finished model in output_dir
+    argv ─▶ parse_args ────────────── a slip is answered at once: torch and its kin are imported below
+    join_group, check_plan ────────── several processes meet, agree, and from here on end together
+    find_checkpoint ───────────────── where an earlier call of the same command has stopped, if one has
+    load_model ────────────────────── float32 weights; 16-bit products come from autocast
+    load_and_prepare_dataset ──────── read_texts ─▶ tokenize_texts ─▶ group_texts: chunks of one length
+    make_trainer, use_chunked_loss ── the Trainer, and a loss that never holds all logits
+    train_and_save ────────────────── .staging ─▶ checkpoint-N, curves ─▶ the finished model in output_dir
 """
 import argparse  # parses the command line
 import atexit  # closes the process group before Python ends
-import contextlib  # with statements of our own; suppress()
 import csv  # rows of .csv files, with their line numbers
 import ctypes  # prctl, which Python has no function for
 import difflib  # "did you mean": the nearest name
@@ -36,6 +35,7 @@ import tempfile  # tries whether a directory can be written
 import threading  # hears of errors in TensorBoard's writer thread
 import time  # speed, and the seconds of all calls
 import traceback  # errors with all their causes
+from contextlib import contextmanager, suppress  # with statements of our own; errors that do not matter
 from dataclasses import dataclass, field  # state whose fields are listed in one place
 from datetime import timedelta  # how torch takes a timeout
 from glob import escape, glob  # expands "data/*.jsonl" where the shell did not
@@ -56,9 +56,8 @@ REFUSED = {  # flags of the Trainer that would break a promise of the README, an
     "--eval_do_concat_batches": "leaves no mean over all chunks",  # losses would come as one array per batch
     "--overwrite_output_dir": "would lose what an earlier run has made"}  # a flag of transformers 4
 REMEDIES = (  # against a full GPU, the cheapest first; they are other settings, so checkpoints no longer fit
-    "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double --gradient_accumulation_steps; (3) "
-    "add --gradient_checkpointing: 20 % slower; (4) shorten --max_seq_length (2048, 1024, 512). If a checkpoint was "
-    "saved, give another --output_dir with it")
+    "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double --gradient_accumulation_steps; "
+    "(3) add --gradient_checkpointing; (4) shorten --max_seq_length; after a checkpoint with another --output_dir")
 
 # ── Command line ───────────────────────────────────────────────────────────────────────────────────
 def log0(*lines):  # progress goes to standard output, from rank 0 alone
@@ -72,14 +71,14 @@ def die_if(wrong, sentence):  # wrong: any value; what is true or not empty ends
     if wrong:  # saves an if and a line at each check
         die(sentence)  # with status 2: the call or the data is wrong
 
-@contextlib.contextmanager  # makes `with reported():` possible
+@contextmanager  # makes `with reported():` possible
 def reported():  # around the command line, the imports and main(): prints the sentence of die()
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
     except SystemExit as end:  # from die(), or from --help, which has no sentence
         sentence = getattr(end, "sentence", "")  # what the user reads; empty for --help
         if sentence and "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun names a file for each rank
-            with contextlib.suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as note:  # launch.py's
+            with suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as note:  # read by launch.py
                 json.dump({"message": sentence, "timestamp": int(time.time())}, note)  # in torchrun's format
         if sentence and end.speaks:  # one process a machine is enough
             print(f"\nmain.py: error: {sentence}", file=sys.stderr, flush=True)  # \n leaves a progress bar
@@ -93,7 +92,7 @@ def bounded(kind, low, above=False):  # a type for argparse: a finite int or flo
     def read(text):  # argparse passes the text behind a flag
         value = kind(text)  # ValueError becomes "invalid whole number value: '1e-3'"
         if not low <= value < math.inf or (above and value == low):  # nan fails every comparison
-            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # argparse
+            raise argparse.ArgumentTypeError(f"{text} must be {'above' if above else 'at least'} {low}")  # parser.error
         return value  # what args will hold
     read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse puts this name into its sentence
     return read  # argparse calls read() on each value
@@ -179,7 +178,7 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     if args.model_name_or_path == "google/gemma-270m":  # no repository on the hub has the short name
         args.model_name_or_path = "google/gemma-3-270m"  # the published name from here on
         log0("google/gemma-270m is published as google/gemma-3-270m: using that.")  # printed once, by rank 0
-    args.evaluate_only = alone = args.do_eval and not args.do_train  # True: no training, no checkpoints
+    args.evaluate_only = eval_only = args.do_eval and not args.do_train  # True: no training, no checkpoints
     args.train_file = expand_files("--train_file", args.train_file)  # [] without the flag
     args.validation_file = expand_files("--validation_file", args.validation_file)  # [] without the flag
     resume = args.resume_from_checkpoint and realpath(args.resume_from_checkpoint)  # free of links
@@ -192,12 +191,12 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     die_if(args.dataset_name and (args.train_file or args.validation_file),  # data given twice
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
     die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
-    need = "validation_file" if alone else "train_file"  # the data that this call cannot do without
+    need = "validation_file" if eval_only else "train_file"  # the data that this call cannot do without
     die_if(not (args.dataset_name or vars(args)[need]), f"no data: give --dataset_name NAME or --{need} FILE")
-    die_if(alone and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")
-    die_if(alone and run, f"--output_dir {output} holds a training run: choose another for --do_eval")
+    die_if(eval_only and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")
+    die_if(eval_only and run, f"--output_dir {output} holds a training run: choose another for --do_eval")
     die_if(isdir(model) and not exists(f"{model}/config.json"), f"--model_name_or_path {model} has no config.json")
-    die_if(not alone and realpath(output) == realpath(model),  # the base model would be replaced
+    die_if(not eval_only and realpath(output) == realpath(model),  # the base model would be replaced
            f"--output_dir {output} is the model to start from: choose another directory")
     for flag, name in (("--model_name_or_path", model), ("--dataset_name", args.dataset_name or "")):  # local or remote
         local = name.startswith((".", os.sep)) or name.count("/") > 1 or isfile(name)  # not a hub name
@@ -324,7 +323,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.prompt)  # RuntimeError when a rank is lost
         return largest.item()  # the same on all ranks
 
-    @contextlib.contextmanager  # makes `with ranks.together():` possible
+    @contextmanager  # makes `with ranks.together():` possible
     def together(self):  # around each phase before the training: all ranks end when one of them fails
         mine = None  # the error of this rank, if any
         try:  # a phase may fail on one rank only
@@ -359,7 +358,7 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
     cpu = not torch.cuda.is_available() or "--use_cpu" in getattr(args, "given", ())  # no GPU, or --use_cpu
     cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate may ask for the CPU
     if os.environ.get("LOCAL_WORLD_SIZE") != str(size):  # several machines: gloo would trust the host name
-        with contextlib.suppress(OSError, KeyError), socket.socket(type=socket.SOCK_DGRAM) as query:  # of UDP
+        with suppress(OSError, KeyError), socket.socket(type=socket.SOCK_DGRAM) as query:  # else gloo chooses
             query.connect((os.environ["MASTER_ADDR"], 9))  # UDP sends nothing: Linux looks up the route
             names = {part.address: name for name, parts in psutil.net_if_addrs().items() for part in parts}  # IP → eth0
             os.environ.setdefault("GLOO_SOCKET_IFNAME", names[query.getsockname()[0]])  # the user's own stays
@@ -523,7 +522,7 @@ def verify(folder, chosen=None):  # before a checkpoint or a finished model is t
     try:  # checkpoints of other programs have no manifest
         with open(join(folder, "manifest.json")) as file:  # the last file that write_manifest() wrote
             files = json.load(file)  # {name: {"num_bytes": size, "checksum": SHA-256}}
-        for name in {"run.json", "trainer_state.json"} | files.keys():  # AttributeError: another's manifest
+        for name in {"run.json", "trainer_state.json"} | files.keys():  # another program's manifest fails here
             if checksum(join(folder, name), True) != files.get(name):  # OSError for a missing file
                 return None, f"{name} is damaged"  # one damaged file is reason enough
         with open(join(folder, "run.json")) as file:  # its checksum is right
@@ -614,7 +613,7 @@ def load_model(args):  # from the hub, its cache or a directory
     attention = "flash_attention_2" if args.use_flash_attention else "sdpa"  # sdpa: PyTorch's own kernels
     config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # if missing, an empty one is made
-    tokenizer = loaded(flag, f"{name} (its tokenizer.json)", transformers.AutoTokenizer.from_pretrained, name)  # BOS
+    tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
     die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: the model's context is {most}")
     model, report = loaded(  # downloads 536 MB the first time
@@ -976,6 +975,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         self.start_stopwatch()  # from here on the speed is measured
         self.run.signals.in_training = True  # from now on a signal waits for a checkpoint
 
+    # The Trainer divides a batch's losses by the tokens of the step and averages over ranks; times tokens they are sums.
     def training_step(self, model, inputs, num_items_in_batch=None):  # forward and backward pass of a batch
         share = super().training_step(model, inputs, num_items_in_batch)  # of the loss; ranks are averaged
         batches = self.current_gradient_accumulation_steps  # perhaps fewer in an epoch's last step
@@ -1030,7 +1030,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             start = time.time() - self.lines()[-1]["seconds"]  # as if all calls were one
             logs |= speed_metrics("train", start, self.tokens // self.length, step)  # chunks, steps per second
             tokens = np.diff([0, *(line["tokens_seen"] for line in self.lines())])  # tokens of each log line
-            logs["train_loss"] = float(np.average([line["loss"] for line in self.lines()], weights=tokens))  # of all
+            logs["train_loss"] = float(np.average([line["loss"] for line in self.lines()], weights=tokens))  # the mean
         super().log(logs, *rest)  # to console, TensorBoard and trainer_state.json
 
     def evaluate(self, *rest, **named):  # leaves dropout's random state as it was
@@ -1103,7 +1103,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         writer = torch.utils.tensorboard.SummaryWriter(join(run.output_dir, "runs"), purge_step=again)  # one curve
         trainer.add_callback(integration_utils.TensorBoardCallback(writer))  # writes each log line at once
         trainer.callback_handler.callbacks[-1]._SummaryWriter = None  # the evaluation at the end opens no new writer
-        threading.excepthook = lambda end: end.exc_type is OSError or threading.__excepthook__(end)  # main thread tells
+        threading.excepthook = lambda end: end.exc_type is OSError or threading.__excepthook__(end)  # its disk is full
     return trainer  # ready to train or to evaluate
 
 # ── The run ────────────────────────────────────────────────────────────────────────────────────────
@@ -1134,7 +1134,7 @@ def print_plan(args, training_args, model, train, validation):  # what is about 
         log0(f"batch    {args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps}"
              f" accumulation × {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "
-             f"warm-up {warmup:,} steps", *(f"note     {note}" for note in notes if notes[note]))  # lines
+             f"warm-up {warmup:,} steps", *(f"note     {note}" for note in notes if notes[note]))  # with notes
         free = shutil.disk_usage(args.output_dir).free  # bytes, of the disk that holds output_dir
         needed = (args.save_total_limit + 1 - len(  # checkpoints still to come, in bytes
             glob("checkpoint-*", root_dir=args.output_dir))) * 12 * size  # 12 bytes: a weight, Adam's two
@@ -1177,8 +1177,8 @@ def explain(error, training_args, run):  # a sentence for errors that the user c
     disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", repr(error))  # full disk
     if disk or isinstance(error, OSError):  # No space left on device, and the like
         free = shutil.disk_usage(run.output_dir).free if isdir(run.output_dir) else 0  # 0: it is gone
-        die(f"--output_dir {run.output_dir} cannot be written ({words}). {free / 1e9:.2g} GB are free, a "
-            "checkpoint needs 3.2. What was saved is whole: mend that, and the same command goes on", 1, True)  # each
+        die(f"--output_dir {run.output_dir} cannot be written ({words}). {free / 1e9:.2g} GB are free, a checkpoint "
+            "needs 3.2. What was saved is whole: mend that, and the same command goes on", 1, True)  # on any rank
     if isinstance(error, ImportError | ValueError) and not run.signals.in_training:  # before the first step
         die(f"a flag of the Trainer cannot be used: {words}")  # such as --use_liger_kernel without package
 
@@ -1191,8 +1191,8 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
         tools = {name: version(name) for name in ("torch", "transformers")}  # a change is no error
         tools["device"] = training_args.device.type  # "cuda" or "cpu"
-        own = run_settings(args, training_args)  # by which this run is known again
-        run = Run(own, tools, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # what on_save() needs
+        settings = run_settings(args, training_args)  # by which this run is known again
+        run = Run(settings, tools, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # what on_save() needs
     if ranks.size > 1:  # several processes: compare before any work
         check_plan(args, training_args, ranks)  # flags, versions and output_dir must agree
     found = Resume()  # a fresh start, unless a checkpoint is found
@@ -1224,7 +1224,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     training_args.eval_on_start &= not resume.path  # an earlier call has made that evaluation
     try:  # a part that is not installed, a full GPU, a full disk
         with ranks.together():  # last phase: after it --ddp_timeout is the limit
-            trainer = make_trainer(model, tokenizer, training_args, train, validation, run, resume)  # GPU memory
+            trainer = make_trainer(model, tokenizer, training_args, train, validation, run, resume)  # on the device
             print_plan(args, training_args, model, train, validation)  # what is about to happen
         if resume.path:  # the same command again
             state = resume.state  # how far the earlier calls have come
