@@ -975,7 +975,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         self.start_stopwatch()  # from here on the speed is measured
         self.run.signals.in_training = True  # from now on a signal waits for a checkpoint
 
-    # The Trainer divides a batch's losses by the tokens of the step and averages over ranks; times tokens they are sums.
+    # The Trainer divides a batch's losses by the step's tokens and averages over ranks; times tokens it is a sum.
     def training_step(self, model, inputs, num_items_in_batch=None):  # forward and backward pass of a batch
         share = super().training_step(model, inputs, num_items_in_batch)  # of the loss; ranks are averaged
         batches = self.current_gradient_accumulation_steps  # perhaps fewer in an epoch's last step
