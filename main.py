@@ -1178,7 +1178,7 @@ def explain(error, training_args, run):  # a sentence for errors that the user c
     if disk or isinstance(error, OSError):  # No space left on device, and the like
         free = shutil.disk_usage(run.output_dir).free if isdir(run.output_dir) else 0  # 0: it is gone
         die(f"--output_dir {run.output_dir} cannot be written ({words}). {free / 1e9:.2g} GB are free, a checkpoint "
-            "needs 3.2. What was saved is whole: mend that, and the same command goes on", 1, True)  # on any rank
+            "needs 3.2. What was saved is whole: make space, and the same command goes on", 1, True)  # on any rank
     if isinstance(error, ImportError | ValueError) and not run.signals.in_training:  # before the first step
         die(f"a flag of the Trainer cannot be used: {words}")  # such as --use_liger_kernel without package
 
