@@ -399,7 +399,7 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
         ddp_find_unused_parameters=False,  # every weight is used in every step
         eval_strategy="steps")  # main() sets "no" without validation data
     plan, rest = parser.parse_known_args(args.trainer_argv)  # rest: "--bf16 true", or a file without its flag
-    die_if(rest, f"{', '.join(map(repr, rest))} belongs to no flag: put --train_file before it, or leave it out")
+    die_if(rest, f"{', '.join(map(repr, rest))} belongs to no flag: leave it out; a file needs --train_file before it")
     die_if(plan.max_steps < 1 and plan.max_steps != -1,  # -1 stands for not given
            f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
@@ -1103,7 +1103,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         writer = torch.utils.tensorboard.SummaryWriter(join(run.output_dir, "runs"), purge_step=again)  # one curve
         trainer.add_callback(integration_utils.TensorBoardCallback(writer))  # writes each log line at once
         trainer.callback_handler.callbacks[-1]._SummaryWriter = None  # the evaluation at the end opens no new writer
-        threading.excepthook = lambda end: end.exc_type is OSError or threading.__excepthook__(end)  # its disk is full
+        threading.excepthook = lambda end: issubclass(end.exc_type, OSError) or threading.__excepthook__(end)  # disk
     return trainer  # ready to train or to evaluate
 
 # ── The run ────────────────────────────────────────────────────────────────────────────────────────
@@ -1176,10 +1176,10 @@ def explain(error, training_args, run):  # a sentence for errors that the user c
         die(f"out of memory on {training_args.device}: {REMEDIES}", 1, True)  # perhaps on this rank only
     disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", repr(error))  # full disk
     if disk or isinstance(error, OSError):  # No space left on device, and the like
-        free = shutil.disk_usage(run.output_dir).free if isdir(run.output_dir) else 0  # 0: it is gone
-        die(f"--output_dir {run.output_dir} cannot be written ({words}). {free / 1e9:.2g} GB are free, a checkpoint "
-            "needs 3.2. What was saved is whole: make space, and the same command goes on", 1, True)  # on any rank
-    if isinstance(error, ImportError | ValueError) and not run.signals.in_training:  # before the first step
+        free = shutil.disk_usage(run.output_dir).free / 1e9 if isdir(run.output_dir) else 0  # GB; 0: it is gone
+        die(f"--output_dir {run.output_dir} cannot be written ({words}): it is gone, or lacks space ({free:.2g} GB "
+            "are free, a checkpoint needs 3.2). Mend that, and the same command goes on", 1, True)  # on any rank
+    if isinstance(error, ImportError | ValueError | TypeError) and not run.signals.in_training:  # before a step
         die(f"a flag of the Trainer cannot be used: {words}")  # such as --use_liger_kernel without package
 
 def main(args, signals):  # the table of contents; args: Namespace, or the SystemExit of a wrong call
@@ -1217,10 +1217,10 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     steers = ["validation_data"] * ("validation_file" in run.settings)  # there if losses steer the run
     run.settings |= {name: prints[name] for name in ("model", "train_data", *steers)}  # they decide the weights, too
     refuse_other_run(run, resume)  # now data and weights count, too
-    die_if(validation is None and (training_args.load_best_model_at_end or training_args.eval_on_start),  # none given
-           "--load_best_model_at_end and --eval_on_start need validation data: give --validation_file")
-    if validation is None:  # nothing to evaluate on
-        training_args.eval_strategy = transformers.IntervalStrategy.NO  # --eval_steps means nothing here
+    needs = steers or training_args.eval_on_start or training_args.save_strategy == "best"  # evaluations
+    die_if(needs and not validation, "--load_best_model_at_end, --eval_on_start, --save_strategy best and a schedule "
+           "that follows the loss need validation data: give --validation_file")
+    training_args.eval_strategy = training_args.eval_strategy if validation else transformers.IntervalStrategy.NO  # no
     training_args.eval_on_start &= not resume.path  # an earlier call has made that evaluation
     try:  # a part that is not installed, a full GPU, a full disk
         with ranks.together():  # last phase: after it --ddp_timeout is the limit

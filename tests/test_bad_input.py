@@ -95,6 +95,12 @@ CALLS = {
         GOOD + "--validation_file {train} --metric_for_best_model bleu", "--metric_for_best_model", "'bleu'", "'loss'"
     ),
     "evaluation of nothing": (GOOD + "--eval_on_start", "--eval_on_start", "--validation_file"),
+    "schedule by nothing": (GOOD + "--lr_scheduler_type reduce_lr_on_plateau", "follows the loss", "--validation_file"),
+    "best checkpoint of nothing": (
+        GOOD + "--save_strategy best --metric_for_best_model loss", "--save_strategy best", "--validation_file"
+    ),
+    "schedule without its numbers": (GOOD + "--lr_scheduler_type warmup_stable_decay", "num_decay_steps", "flag"),
+    "switch that is not there": (GOOD + "--no_bf16", "'--no_bf16'", "leave it out"),
     "do_eval of a checkpoint": (
         "--validation_file {train} --do_eval --resume_from_checkpoint {tmp}/out/checkpoint-1",
         "--do_eval", "--model_name_or_path", "out/checkpoint-1",
