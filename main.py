@@ -534,7 +534,7 @@ def verify(folder, chosen=None):  # before a checkpoint or a finished model is t
             resume.best = beside if exists(beside) else best  # elsewhere: beside a chosen checkpoint
             fault = realpath(resume.best) != realpath(folder) and verify(resume.best)[1]  # 2 seconds more
             if fault:  # --load_best_model_at_end could not end without it
-                return None, f"the best one, {best}, cannot be used: {fault}"  # fault is that of the best one
+                return None, f"the best one, {resume.best}, cannot be used: {fault}"  # fault is that of the best one
         if chosen not in (None, realpath(folder), resume.chosen):  # neither the chosen one nor made from it
             return None, f"it did not come of {chosen}"  # --resume_from_checkpoint leaves this one behind
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:  # missing, or not ours
