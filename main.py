@@ -652,14 +652,14 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
                 for part in words:  # 16-bit copies of the head, a part at a time
                     logits[:, part] = states @ head[part].to(dtype).T  # (rows, part) of the logits
                 # d loss / d logit is p - 1 for the label, p for every other word, with p = softmax(logits).
-                tensors = (logits, targets[chunk], losses[chunk])  # the same rows of logits, labels, losses
-                parts = (tensor.split(SOFTMAX_ROWS.get(kind, 16)) for tensor in tensors)  # views of R tokens
+                parts = (t.split(SOFTMAX_ROWS.get(kind, 16)) for t in (logits, targets[chunk], losses[chunk]))  # R rows
                 for scores, target, loss in zip(*parts, strict=True):  # R tokens: float32 takes 1 MB a token
-                    logs = torch.log_softmax(scores, -1, dtype=torch.float32)  # (R, V): log p of every word
-                    label = logs.gather(-1, target)  # (R, 1): log p of the label
+                    probs = torch.softmax(scores, -1, dtype=torch.float32)  # (R, V): p, with one exp a word
+                    label = scores.gather(-1, target).float() - scores.amax(-1, keepdim=True)  # (R, 1): below the best
+                    label += probs.amax(-1, keepdim=True).log()  # (R, 1): log p of the label, exact near 0
                     loss.copy_(-label[:, 0])  # (R,): cross entropy of each token
                     if train:  # the gradient overwrites the logits; expm1 stays exact near p = 1
-                        scores.copy_(logs.exp_().scatter_(-1, target, label.expm1()))  # in the logits' dtype
+                        scores.copy_(probs.scatter_(-1, target, label.expm1()))  # in the logits' dtype
                 if train:  # logits holds d loss / d logit by now
                     back = torch.zeros(states.shape, device=head.device)  # (rows, H), float32: sum over parts
                     for part in words:  # the whole vocabulary, part by part
