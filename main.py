@@ -603,7 +603,7 @@ def loaded(flag, name, load, *args, **named):  # → load(*args, **named), or a 
         url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + path  # of the page to open
         for pattern, sentence in HUB_ERRORS.items():  # the first pattern that fits decides
             if found := re.search(pattern, words):  # may capture the list of configurations
-                die(f"{flag} {name} {sentence.format(url=url, found=found[found.re.groups])}")
+                die(f"{flag} {name} {sentence.format(url=url, found=found[found.re.groups])}")  # case, remedy
         die(f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400]}")
 
 def load_model(args):  # from the hub, its cache or a directory
@@ -620,7 +620,7 @@ def load_model(args):  # from the hub, its cache or a directory
         flag, name, transformers.AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32,  # for small updates
         attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True)  # says what is missing
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # random
-    die_if(wrong, f"{flag} {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")
+    die_if(wrong, f"{flag} {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # random now
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the collator asks; nothing is padded
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
         model.resize_token_embeddings(len(tokenizer))  # table and head get new rows
@@ -814,7 +814,7 @@ def read_texts(files, column):  # a generator: in memory is one row, or one JSON
             check_column(f"{path}, line 1" if kind == ".csv" else place, column, row)  # names may change half-way
             text = row[column]  # str or None, if the file is right
             if not isinstance(text, str | None):  # numbers and lists are no text
-                die(f"{place}: column {column!r} holds {json.dumps(text)[:60]}, not text; "
+                die(f"{place}: column {column!r} holds {json.dumps(text)[:60]}, not text; "  # value as JSON
                     "choose another with --text_column, or put quotes around it")
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
                 die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")
@@ -1113,7 +1113,7 @@ def print_plan(args, training_args, model, train, validation):  # what is about 
     peak = peak_flops(training_args) / 1e12  # TFLOP/s of all devices; 0 on a CPU
     mfu = f"; MFU against {peak:,.0f} TFLOP/s" * bool(peak)  # only the plan states the peak
     size = model.num_parameters()  # a tied head counts once
-    log0(f"model    {args.model_name_or_path}, {size:,} parameters in float32, "
+    log0(f"model    {args.model_name_or_path}, {size:,} parameters in float32, "  # the master weights
          f"{model.config._attn_implementation} attention",
          f"device   {training_args.device.type}, {world} process{'es' * (world > 1)}, {dtype}{mfu}")
     if train is not None:  # --do_eval alone has no plan of steps
@@ -1141,7 +1141,7 @@ def print_plan(args, training_args, model, train, validation):  # what is about 
         if free < needed:  # limit + 1: the oldest goes once the newest is there
             log0(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in "  # for limit + 1 of them
                  f"{args.output_dir}, where {free / 1e9:.2g} GB are free: see --save_total_limit")
-    log0(f"output   {args.output_dir} (tensorboard --logdir {join(args.output_dir, 'runs')})")
+    log0(f"output   {args.output_dir} (tensorboard --logdir {join(args.output_dir, 'runs')})")  # the curves
 
 def save_results(trainer, split, metrics):  # a table, {split}_results.json, and a part of all_results.json
     trainer.log_metrics(split, metrics)  # rank 0 prints a table
