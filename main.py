@@ -151,7 +151,7 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add("--logging_steps", type=positive, default=10, help="steps between log lines")  # a line is their mean
     add("--save_steps", type=positive, default=500, help="steps between checkpoints")  # 3.2 GB each
     add("--eval_steps", type=positive, default=500, help="steps between evaluations")  # needs validation data
-    add("--metric_for_best_model", choices=("loss", "eval_loss"), help="unset: loss")  # perplexity ranks alike
+    add("--metric_for_best_model", choices=("loss", "eval_loss"), help="unset: loss")  # perplexity follows
     add("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")  # older ones go
     add("--report_to", nargs="+", default=["tensorboard"], help="where curves go, or none")  # wandb, mlflow and more
     add("--resume_from_checkpoint", **path, help="go on from this one, not the newest")  # from any output_dir
@@ -192,10 +192,10 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
     die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
     need = "validation_file" if eval_only else "train_file"  # the data that this call cannot do without
-    die_if(not (args.dataset_name or vars(args)[need]), f"no data: give --dataset_name NAME or --{need} FILE")
-    die_if(eval_only and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")
-    die_if(eval_only and run, f"--output_dir {output} holds a training run: choose another for --do_eval")
-    die_if(isdir(model) and not exists(f"{model}/config.json"), f"--model_name_or_path {model} has no config.json")
+    die_if(not (args.dataset_name or vars(args)[need]), f"no data: give --dataset_name or --{need}")  # nothing to read
+    die_if(eval_only and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")  # a model, too
+    die_if(eval_only and run, f"--output_dir {output} holds a training run: choose another for --do_eval")  # unmixed
+    die_if(isdir(model) and not exists(f"{model}/config.json"), f"--model_name_or_path {model}: no config.json")  # here
     die_if(not eval_only and realpath(output) == realpath(model),  # the base model would be replaced
            f"--output_dir {output} is the model to start from: choose another directory")
     for flag, name in (("--model_name_or_path", model), ("--dataset_name", args.dataset_name or "")):  # local or remote
@@ -207,7 +207,7 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
             os.makedirs(folder, exist_ok=True)  # makes the directories above it, too
             tempfile.TemporaryFile(dir=folder).close()  # a file of no name, gone once closed
         except OSError as error:  # error.strerror is the reason, from Linux
-            die(f"{flag} {folder}: no files can be written there ({error.strerror}); choose another")
+            die(f"{flag} {folder}: no files can be written there ({error.strerror}); choose another")  # Linux's reason
 
 def expand_files(flag, patterns):  # → absolute paths of existing, readable files of known formats
     files = []  # in the order given: that of the text
@@ -217,9 +217,9 @@ def expand_files(flag, patterns):  # → absolute paths of existing, readable fi
         die_if(not found, f"{flag} {pattern}: no such file{did_you_mean(pattern, beside)}")  # a misspelt name
         for path in found:  # before six seconds of imports
             kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # ".jsonl", also for x.jsonl.gz
-            die_if(isdir(path), f"{flag} {path} is a directory: name files in it, or use --dataset_name")
-            die_if(kind not in FORMATS, f"{flag} {path}: known extensions are {' '.join(FORMATS)}, also .gz")
-            die_if(not os.access(path, os.R_OK), f"{flag} {path}: no permission to read it (try chmod +r)")
+            die_if(isdir(path), f"{flag} {path} is a directory: name files in it, or use --dataset_name")  # not a file
+            die_if(kind not in FORMATS, f"{flag} {path}: known extensions are {' '.join(FORMATS)}, also .gz")  # typo
+            die_if(not os.access(path, os.R_OK), f"{flag} {path}: no permission to read it (try chmod +r)")  # others'
             die_if(getsize(path) == 0, f"{flag} {path} is empty")  # often a failed export
             files.append(abspath(path))  # a part of the cache's key
     return files  # all exist and can be read
@@ -314,7 +314,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             if self.size > 1:  # torch fills in the values of all ranks
                 dist.all_gather_object(values, value, group=self.patient)  # waits up to 12 hours
         except RuntimeError as error:  # gloo's answer to a closed connection
-            die(f"another process was lost ({one_line(error)}); the same command again goes on", 1, True)
+            die(f"another process was lost ({one_line(error)}); the same command again goes on", 1, True)  # retry
         return values  # the same on all ranks
 
     def max(self, number):  # → the largest number (int) of all ranks; called once a step
@@ -339,8 +339,8 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
 
     def check_same(self, facts):  # end all ranks, unless facts (dict of JSON values) are the same everywhere
         (first, wanted), *others = self.gather((self.name, facts))  # rank 0's facts are the measure
-        for name, theirs in others:  # the first rank that differs ends all, as training would hang
-            die_if(theirs != wanted, f"{name} differs from {first}: {differences(wanted, theirs)}; all need the same")
+        for who, own in others:  # the first rank that differs ends all, as training would hang
+            die_if(own != wanted, f"{who} differs from {first}: {differences(wanted, own)}; all need the same")  # facts
 
 def one_line(error):  # an error's own words, without line breaks
     return " ".join(str(error).split())  # fits into a sentence of die()
@@ -353,7 +353,7 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
     if size < 2:  # no launcher, or one that starts a single process
         return Ranks()  # rank 0 of 1, which waits for nobody
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()  # launchers set all
-    die_if(missing, f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: use accelerate launch, or unset it")
+    die_if(missing, f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: use accelerate launch")  # by hand
     ranks = Ranks(rank, rank - local, size, f"rank {rank} on {socket.gethostname()}")  # groups are made below
     cpu = not torch.cuda.is_available() or "--use_cpu" in getattr(args, "given", ())  # no GPU, or --use_cpu
     cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate may ask for the CPU
@@ -370,8 +370,8 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
         ranks.prompt = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))  # used at each step
         ranks.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for downloads and data
     except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
-        die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} "
-            f"within --ddp_timeout {seconds} ({one_line(error)})", 1, True)  # 1: worth a retry
+        die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:"  # the machine and port of rank 0
+            f"{os.environ['MASTER_PORT']} within --ddp_timeout {seconds} ({one_line(error)})", 1, True)  # 1: try again
     atexit.register(dist.destroy_process_group)  # the group's threads must end before Python
     return ranks  # all ranks have come
 
@@ -399,11 +399,11 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
         ddp_find_unused_parameters=False,  # every weight is used in every step
         eval_strategy="steps")  # main() sets "no" without validation data
     plan, rest = parser.parse_known_args(args.trainer_argv)  # rest: "--bf16 true", or a file without its flag
-    die_if(rest, f"{', '.join(map(repr, rest))} belongs to no flag: leave it out; a file needs --train_file before it")
+    die_if(rest, f"{', '.join(map(repr, rest))} belongs to no flag: leave it out, or put --train_file before")  # stray
     die_if(plan.max_steps < 1 and plan.max_steps != -1,  # -1 stands for not given
            f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
-        die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")
+        die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # sharded
     die_if(plan.load_best_model_at_end and plan.save_strategy == "steps" and plan.save_steps != plan.eval_steps,  # lost
            "--load_best_model_at_end needs a checkpoint of each evaluation: make --save_steps equal to --eval_steps")
     if not args.evaluate_only:  # the Trainer shall not reach published checkpoints
@@ -415,7 +415,7 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # any flag's fault
         die(f"the Trainer does not accept these flags: {one_line(error)}")  # in the Trainer's own words
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
-        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")
+        log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")  # N ranks
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
     if made.use_liger_kernel:  # Liger's layers are welcome, its loss would replace ours
         made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # ours stays in use
@@ -436,8 +436,8 @@ def check_plan(args, training_args, ranks):  # ends all ranks, unless machines a
         until = time.time() + 10  # network storage may take seconds to show it
         while not (exists(path) or args.evaluate_only):  # with --do_eval only rank 0 writes
             time.sleep(0.5)  # seconds: the storage is not flooded
-            die_if(time.time() > until, f"--output_dir {args.output_dir} does not show what rank 0 writes there: "
-                   "it has to be on storage that all machines share")
+            die_if(time.time() > until,  # each machine has a directory of its own
+                   f"--output_dir {args.output_dir} lacks what rank 0 writes: use storage that all machines share")
 
 def run_settings(args, training_args):  # → {name: JSON value} of the flags that decide the final weights
     flags = vars(args) | training_args.to_dict()  # defaults included, ours and the Trainer's
@@ -488,13 +488,13 @@ def lock_output_dir(output_dir):  # → the open lock file; the lock ends with t
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # raises if another process has the lock
         except BlockingIOError:  # another run has the lock
             file.seek(0)  # a+ opens the file at its end
-            die(f"--output_dir {output_dir} is in use by {file.read().strip()}: wait, or choose another", 1)
+            die(f"--output_dir {output_dir} is in use by {file.read().strip()}: wait, or choose another", 1)  # for now
         except OSError as error:  # a file system without locks, such as an old NFS
-            log0(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")
+            log0(f"note     {output_dir} cannot be locked ({error.strerror}): start no second run in it")  # runs on
         file.truncate(0)  # removes the name of the last owner
         print(f"process {os.getpid()} on {socket.gethostname()}", file=file, flush=True)  # who has the lock
     except OSError as error:  # error.strerror: the reason, from Linux
-        die(f"--output_dir {output_dir} cannot be written ({error.strerror}): mend that, or choose another", 1)
+        die(f"--output_dir {output_dir} cannot be written ({error.strerror}): choose another", 1)  # a full disk, say
     return file  # main() keeps the file open until the process ends
 
 def fsync(path):  # wait until a file or directory is on the disk: a rename must not overtake it
@@ -505,8 +505,8 @@ def fsync(path):  # wait until a file or directory is on the disk: a rename must
 def write_manifest(folder, run):  # seal a folder and flush it to the disk; a rename comes next
     lock = join(run.output_dir, ".lock")  # another run may have made this file anew
     if not exists(lock) or not os.path.samestat(os.fstat(run.lock.fileno()), os.stat(lock)):  # gone, or made anew
-        die(f"--output_dir {run.output_dir} was moved or removed during the run: put it back in the place of "
-            "what is there now, and the same command again goes on", 1)  # 1: may work later
+        die(f"--output_dir {run.output_dir} was moved or removed during the run: "  # or a second one was made there
+            "put it back in the place of what is there now, and the same command again goes on", 1)  # then
     with open(join(folder, "run.json"), "w") as file:  # who the run is; trainer_state.json says how far it is
         json.dump({"settings": run.settings, "versions": run.versions, "chosen": run.chosen}, file)  # see class Resume
     names = [name for name in os.listdir(folder) if not name.endswith("_results.json")]  # results may vanish
@@ -522,7 +522,7 @@ def verify(folder, chosen=None):  # before a checkpoint or a finished model is t
     try:  # checkpoints of other programs have no manifest
         with open(join(folder, "manifest.json")) as file:  # the last file that write_manifest() wrote
             files = json.load(file)  # {name: {"num_bytes": size, "checksum": SHA-256}}
-        for name in {"run.json", "trainer_state.json"} | files.keys():  # another program's manifest fails here
+        for name in {"run.json", "trainer_state.json"} | files.keys():  # another program has none
             if checksum(join(folder, name), True) != files.get(name):  # OSError for a missing file
                 return None, f"{name} is damaged"  # one damaged file is reason enough
         with open(join(folder, "run.json")) as file:  # its checksum is right
@@ -548,7 +548,7 @@ def find_checkpoint(run):  # on rank 0 → Resume of the finished run, the newes
     resume, fault = verify(output_dir, run.chosen)  # a finished run has its manifest in output_dir
     if fault and run.chosen:  # fault: no finished run is here; and a checkpoint was chosen
         resume, harm = verify(run.chosen)  # the user's choice is never silently replaced
-        die_if(harm, f"--resume_from_checkpoint {run.chosen} cannot be used: {harm}; without it the newest is taken")
+        die_if(harm, f"--resume_from_checkpoint {run.chosen} cannot be used: {harm}; leave it out")  # then the newest
         if differences(resume.settings, run.settings):  # refuse_other_run() will name the differences
             return resume  # before anything has been renamed
     while fault and (path := get_last_checkpoint(output_dir) or run.chosen):  # newest first, chosen one last
@@ -564,8 +564,8 @@ def find_checkpoint(run):  # on rank 0 → Resume of the finished run, the newes
 
 def refuse_other_run(run, resume):  # called twice: for the flags, then with data and weights
     other = resume.path and differences(resume.settings, run.settings)  # "" if nothing differs
-    die_if(other, f"{resume.path} belongs to a run with other settings: {other}. Give the old ones to go on; "
-           "for a new run give another --output_dir (the finished model may be its --model_name_or_path)")
+    die_if(other, f"{resume.path} belongs to a run with other settings: {other}. "  # else neither is right
+           "Give the old ones to go on; for a new run another --output_dir (the model as --model_name_or_path)")
 
 def rotate(output_dir, limit, protected):  # keep the newest `limit` checkpoints and the protected paths
     names = [name for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # all whole
@@ -604,7 +604,7 @@ def loaded(flag, name, load, *args, **named):  # → load(*args, **named), or a 
         for pattern, sentence in HUB_ERRORS.items():  # the first pattern that fits decides
             if found := re.search(pattern, words):  # may capture the list of configurations
                 die(f"{flag} {name} {sentence.format(url=url, found=found[found.re.groups])}")  # case, remedy
-        die(f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400]}")
+        die(f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400]}")  # unknown
 
 def load_model(args):  # from the hub, its cache or a directory
     """Return (tokenizer, model in float32, on the CPU): bfloat16 would lose updates of 2e-5. Raises: SystemExit."""
@@ -615,7 +615,7 @@ def load_model(args):  # from the hub, its cache or a directory
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # if missing, an empty one is made
     tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
-    die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: the model's context is {most}")
+    die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: the context is {most}")  # of the model
     model, report = loaded(  # downloads 536 MB the first time
         flag, name, transformers.AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32,  # for small updates
         attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True)  # says what is missing
@@ -762,7 +762,7 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
         packed = pack_split(split, texts.pop(split), tokenizer, args, rebuild)  # frees each after its use
         chunks[split] = packed.take(min(limits[split] or len(packed), len(packed)))  # a view, no copy
         if len(chunks[split]) < len(packed):  # --max_train_samples or --max_eval_samples is in force
-            log0(f"{split}: only the first {limits[split]:,} of {len(packed):,} chunks are used")
+            log0(f"{split}: only the first {limits[split]:,} of {len(packed):,} chunks are used")  # as asked
     return chunks.get("train"), chunks.get("validation")  # memory-mapped
 
 def load_named_dataset(args, wanted):  # wanted: names of splits, of which the first must be there
@@ -773,7 +773,7 @@ def load_named_dataset(args, wanted):  # wanted: names of splits, of which the f
         config = "wikitext-2-raw-v1"  # untouched text; wikitext-103 has 50 times as much
         log0(f"{name}: no --dataset_config_name given, taking {config}.")  # no choice is made in silence
     saved = isfile(join(name, "state.json")) or isfile(join(name, "dataset_dict.json"))  # from save_to_disk()
-    die_if(saved and config, f"--dataset_config_name {config}: {name} is one saved data set; leave it out")
+    die_if(saved and config, f"--dataset_config_name {config}: {name} is one saved data set; leave it out")  # none kept
     if saved:  # a Dataset or a DatasetDict
         data = loaded("--dataset_name", name, datasets.load_from_disk, name)  # memory-mapped
     else:  # on the hub, or a directory of data files
@@ -810,14 +810,14 @@ def read_texts(files, column):  # a generator: in memory is one row, or one JSON
             rows += 1  # an empty file is an error below
             row = {column: row} if kind == ".txt" else row  # .txt is the one format without columns
             if not isinstance(row, dict):  # a bare string, number or list
-                die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')
+                die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # an example
             check_column(f"{path}, line 1" if kind == ".csv" else place, column, row)  # names may change half-way
             text = row[column]  # str or None, if the file is right
             if not isinstance(text, str | None):  # numbers and lists are no text
                 die(f"{place}: column {column!r} holds {json.dumps(text)[:60]}, not text; "  # value as JSON
                     "choose another with --text_column, or put quotes around it")
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
-                die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")
+                die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")  # no UTF-8
             yield {"text": text}  # one row of the cache; null counts as blank later
     die_if(not rows, f"{', '.join(files)}: no rows; check how it was written")  # a lone header, or an empty array
 
@@ -833,7 +833,7 @@ def read_lines(path):  # → (place, line); a line ends with \n; the file may be
         except UnicodeDecodeError as error:  # the file is Latin-1, UTF-16 or no text
             byte = lines.buffer.tell() - len(error.object) + error.start  # offset from 0, once unpacked
             encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"  # by its first bytes
-            die(f"{path} is not UTF-8: byte {byte} is 0x{error.object[error.start]:02x}; "  # the first bad byte
+            die(f"{path} is not UTF-8: byte {byte} is 0x{error.object[error.start]:02x}; "  # the bad byte
                 f"convert it, for example with iconv -f {encoding} -t utf-8")
         except (OSError, EOFError, gzip.zlib.error) as error:  # a bad disk; a .gz cut short, or none at all
             die(f"{path} cannot be read to its end: {error}")  # in the words of Linux or of gzip
@@ -885,7 +885,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of rep
         features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),  # 4 bytes an id
         num_proc=args.preprocessing_num_workers, load_from_cache_file=not rebuild,  # None: no extra process
         cache_file_name=join(folder, f"tokenized-{key}.arrow"), new_fingerprint=key)  # found again by the key
-    die_if(not len(tokenized), f"the {split} data holds no text: all {len(rows):,} rows are blank or null")
+    die_if(not len(tokenized), f"the {split} data holds no text: all {len(rows):,} rows are blank")  # or null
     length = args.max_seq_length  # T, the tokens of a chunk
     sizes = pc.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each text, int32
     kept = sizes if args.no_truncation else sizes.clip(max=length)  # tokens of each text that are packed
@@ -895,7 +895,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of rep
          f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept = "
          f"{total // length:,} chunks of {length:,} + {total % length:,} tokens dropped at the end")
     if lost > 0.2 * sizes.sum():  # long documents, of which only the beginnings are learnt
-        log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: see --no_truncation")
+        log0(f"note     truncation takes {lost / sizes.sum():.0%} of {split} tokens: see --no_truncation")  # a fifth
     die_if(total < length,  # text for less than one chunk
            f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: add text, or give "
            f"--max_seq_length {total} or less")
@@ -986,7 +986,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         return share  # the Trainer sums up the shares itself
 
     def on_step_end(self, args, state, control, **_):  # the Trainer's own callback has said what is due
-        self.stopping = self.run.ranks.max(self.run.signals.received)  # 0, or a signal that all ranks agree on
+        self.stopping = self.run.ranks.max(self.run.signals.received)  # 0, or what all ranks agree on
         if self.stopping:  # the Trainer saves; on_save() ends the run
             control.should_save = control.should_training_stop = True  # in addition to what is due anyway
             args.save_strategy = "steps"  # "best" would save only the best model so far
@@ -995,9 +995,9 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         if control.should_log:  # the only steps that wait for the device
             finite = [weight.isfinite().all() for weight in self.model.parameters()]  # gradients spoil them
             if not (math.isfinite(sum(self.totals())) and torch.stack(finite).all()):  # the same on all ranks
-                die(f"the loss or the weights are no finite numbers at step {state.global_step}: nothing of it is "
-                    "saved. Usual causes: a --learning_rate too high, --fp16, a broken model. Change that, and start "
-                    "with another --output_dir", 1)  # 1: the call itself is right
+                die(f"the loss or the weights are no finite numbers at step {state.global_step}: "  # on all ranks
+                    "nothing of it is saved. Usual causes: a high --learning_rate, --fp16, a broken model. "
+                    "Change that, and start with another --output_dir", 1)  # 1: the call itself is right
     def totals(self):  # since the last log line, of all ranks: [sum of losses, number of their tokens]
         return self.accelerator.gather(self.sums).view(-1, 2).mean(0).tolist()  # waits for all ranks' devices
     def lines(self):  # all log lines of the training so far, also those of earlier calls
@@ -1028,7 +1028,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             self.start_stopwatch()  # the next line's speed begins here
         if "train_loss" in logs:  # after the last step: numbers of all calls together
             start = time.time() - self.lines()[-1]["seconds"]  # as if all calls were one
-            logs |= speed_metrics("train", start, self.tokens // self.length, step)  # chunks, steps per second
+            logs |= speed_metrics("train", start, self.tokens // self.length, step)  # chunks, steps a second
             tokens = np.diff([0, *(line["tokens_seen"] for line in self.lines())])  # tokens of each log line
             logs["train_loss"] = float(np.average([line["loss"] for line in self.lines()], weights=tokens))  # the mean
         super().log(logs, *rest)  # to console, TensorBoard and trainer_state.json
@@ -1097,7 +1097,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
             norm.forward = lambda x, norm=norm: LeanNorm.apply(x, norm.weight, norm.eps)  # set on this object
     with trainer.accelerator.autocast():  # Flash Attention refuses the trial of eight tokens in float32
         if not use_chunked_loss(model, alone=args.world_size == 1 and not args.torch_compile):  # False: own loss
-            log0("note     this model has no plain head: its own loss is used, which holds all logits")
+            log0("note     this model has no plain head: its own loss is used, which holds all logits")  # GBs
     if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
         again = train and (resume.state.global_step + 1 if resume.path else 0)  # first step to be logged anew
         writer = torch.utils.tensorboard.SummaryWriter(join(run.output_dir, "runs"), purge_step=again)  # one curve
@@ -1131,7 +1131,7 @@ def print_plan(args, training_args, model, train, validation):  # what is about 
             f"all {used:,} chunks make less than one step of {a_step:,}: lower --gradient_accumulation_steps "
             f"to {max(1, used // a_pass)} for a full one": used < a_step,  # a handful of texts
             f"{-used % a_pass:,} chunks are trained on twice an epoch": used % a_pass and world > 1}  # repeats fill up
-        log0(f"batch    {args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps}"
+        log0(f"batch    {args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps}"  # in chunks
              f" accumulation × {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "
              f"warm-up {warmup:,} steps", *(f"note     {note}" for note in notes if notes[note]))  # with notes
@@ -1171,14 +1171,14 @@ def explain(error, training_args, run):  # a sentence for errors that the user c
     words = one_line(error)  # the error's own words
     lost = isinstance(error, RuntimeError) and re.search("timed ?out|by peer|remote process", words, re.I)  # gloo, NCCL
     if lost and training_args.world_size > 1:  # a rank is lost; tools/launch.py says which
-        die(f"another process was lost or does not answer ({words}); the same command again goes on", 1, True)
+        die(f"another process was lost or does not answer ({words}); the same command again goes on", 1, True)  # retry
     if re.search("out of memory|an(no|')t allocate memory", words) or isinstance(error, MemoryError):  # on GPU or CPU
         die(f"out of memory on {training_args.device}: {REMEDIES}", 1, True)  # perhaps on this rank only
     disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", repr(error))  # full disk
     if disk or isinstance(error, OSError):  # No space left on device, and the like
         free = shutil.disk_usage(run.output_dir).free / 1e9 if isdir(run.output_dir) else 0  # GB; 0: it is gone
-        die(f"--output_dir {run.output_dir} cannot be written ({words}): it is gone, or lacks space ({free:.2g} GB "
-            "are free, a checkpoint needs 3.2). Mend that, and the same command goes on", 1, True)  # on any rank
+        die(f"--output_dir {run.output_dir} cannot be written ({words}): it is gone, or lacks space "  # most often
+            f"({free:.2g} GB are free, a checkpoint needs 3.2). Mend that; the same command goes on", 1, True)  # 1
     if isinstance(error, ImportError | ValueError | TypeError) and not run.signals.in_training:  # before a step
         die(f"a flag of the Trainer cannot be used: {words}")  # such as --use_liger_kernel without package
 
@@ -1203,8 +1203,8 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
             refuse_other_run(run, found)  # flags, before minutes of work
     resume = ranks.gather(found)[0]  # all ranks take what rank 0 has found
     if resume.path == args.output_dir:  # the finished model is there, and whole
-        log0(f"This run finished at step {resume.state.global_step:,}: nothing is left to train. To train "
-             f"further, give --model_name_or_path {args.output_dir} and another --output_dir.")
+        log0(f"This run finished at step {resume.state.global_step:,}: nothing is left to train. "  # no error
+             f"To train further, give --model_name_or_path {args.output_dir} and another --output_dir.")
         return  # exit status 0, before data and weights are loaded
     with ranks.together():  # phase: the model, float32 and still on the CPU
         tokenizer, model = load_model(args)  # first contact with the hub
@@ -1218,8 +1218,8 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     run.settings |= {name: prints[name] for name in ("model", "train_data", *steers)}  # they decide the weights, too
     refuse_other_run(run, resume)  # now data and weights count, too
     needs = steers or training_args.eval_on_start or training_args.save_strategy == "best"  # evaluations
-    die_if(needs and not validation, "--load_best_model_at_end, --eval_on_start, --save_strategy best and a schedule "
-           "that follows the loss need validation data: give --validation_file")
+    die_if(needs and not validation, "--load_best_model_at_end, --eval_on_start, --save_strategy best and "  # no split
+           "a schedule that follows the loss need validation data: give --validation_file")
     training_args.eval_strategy = training_args.eval_strategy if validation else transformers.IntervalStrategy.NO  # no
     training_args.eval_on_start &= not resume.path  # an earlier call has made that evaluation
     try:  # a part that is not installed, a full GPU, a full disk
@@ -1228,7 +1228,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
             print_plan(args, training_args, model, train, validation)  # what is about to happen
         if resume.path:  # the same command again
             state = resume.state  # how far the earlier calls have come
-            log0(f"Going on from {resume.path}, step {state.global_step:,} of {state.max_steps:,}.")
+            log0(f"Going on from {resume.path}, step {state.global_step:,} of {state.max_steps:,}.")  # said
             if resume.versions != run.versions:  # allowed: a run may move to another machine
                 log0("warning  the weights may differ in their last bits: "  # other kernels round otherwise
                      f"{differences(resume.versions, run.versions)} when that was saved")
@@ -1243,7 +1243,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain about killed loaders
         for loader in multiprocessing.active_children():  # Python would wait: loaders ignore signals
             loader.kill()  # SIGKILL: a data loader has nothing to lose
-    log0(f"Done: the {'metrics are' if args.evaluate_only else 'model is'} in {args.output_dir}, see all_results.json.")
+    log0(f"Done: the {'metrics are' if args.evaluate_only else 'model is'} in {args.output_dir}.")  # a run's last line
 
 if __name__ == "__main__":  # python main.py, accelerate launch main.py
     with reported():  # an error ends in one sentence

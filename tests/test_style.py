@@ -19,11 +19,7 @@ CHOICES = (ast.IfExp, ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp)
 
 
 def bare_lines(source):
-    """Numbers of the lines of Python code without a comment.
-
-    None is needed by docstrings, strings that go on, brackets, and by a call of die(), die_if() or log0() whose
-    sentence stands on the same line.
-    """
+    """Numbers of the lines of Python code that carry no comment; docstrings, strings that go on, brackets need none."""
     code, noted = {}, set()
     skip = (tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER)
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
@@ -33,11 +29,8 @@ def bare_lines(source):
             for number in range(token.start[0], token.end[0] + 1):
                 code.setdefault(number, []).append(token.string)
     free = re.compile(r"[)\]},]|[rbfRBF]{0,2}['\"].*", re.DOTALL)
-    bare = {number: parts for number, parts in sorted(code.items())
-            if number not in noted and not all(free.fullmatch(part) for part in parts)}  # fmt: skip
-    said = {number for number, parts in bare.items()
-            if parts[0] in ("die", "die_if", "log0") and any(re.match(r"f?['\"]", part) for part in parts)}  # fmt: skip
-    return [number for number in bare if number not in said]
+    return [number for number, parts in sorted(code.items())
+            if number not in noted and not all(free.fullmatch(part) for part in parts)]  # fmt: skip
 
 
 def functions(source):
@@ -119,7 +112,6 @@ def test_every_line_of_the_shell_scripts_carries_a_comment(name):
 def test_the_style_checks_find_what_they_look_for():
     """The checks above can fail."""
     assert bare_lines('x = 1  # why\ny = f(  # call\n    2,\n    "text"\n)\n"""text"""\n@f\n') == [3, 7]
-    assert bare_lines('die("a sentence")\ndie(words)\ndie_if(wrong,\n    "a sentence")\n') == [2, 3]
     assert bare_shell_lines("a=1  # why\nb=2\ncat <<END  # text\nfree\nEND\nif x; then  # why\nfi\n") == [2]
     assert choices("x = [a if b else c for a in d]\nif [a for a in b]:\n    x = [a for a in b]\n") == {1: 2}
     nested = functions("def f():\n    import os\n    class A:\n        pass\n")
