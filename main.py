@@ -895,7 +895,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of rep
          f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept = "
          f"{total // length:,} chunks of {length:,} + {total % length:,} tokens dropped at the end")
     if lost > 0.2 * sizes.sum():  # long documents, of which only the beginnings are learnt
-        log0(f"note     truncation takes {lost / sizes.sum():.0%} of {split} tokens: see --no_truncation")  # a fifth
+        log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: see --no_truncation")  # much
     die_if(total < length,  # text for less than one chunk
            f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: add text, or give "
            f"--max_seq_length {total} or less")
