@@ -9,7 +9,7 @@ import shutil
 import sys
 
 import pytest
-from conftest import ROOT, launch, run, write_jsonl
+from helpers import ROOT, launch, run, write_jsonl
 
 # Root reads and writes everything, so cases about permissions run without the capabilities that let it.
 CAPABILITIES = "-dac_override,-dac_read_search"

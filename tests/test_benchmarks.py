@@ -4,7 +4,7 @@ import re
 import sys
 
 import pytest
-from conftest import ROOT, launch
+from helpers import ROOT, launch
 
 sys.path.append(str(ROOT / "benchmarks"))
 

@@ -13,9 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRATCH, in_child, write_jsonl
-from test_hub import ACCELERATE, free_port
-from test_training import same_weights
+from helpers import ACCELERATE, ROOT, SCRATCH, free_port, in_child, same_weights, write_jsonl  # noqa: I001
 from test_unkillable import TABLE, Server, events, plain, servers, wait_for  # noqa: F401  two of them are fixtures
 
 

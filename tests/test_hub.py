@@ -11,9 +11,8 @@ from pathlib import Path
 
 import datasets
 import pytest
-from conftest import ROOT, launch, run, write_jsonl
+from helpers import ROOT, cases, launch, plain_user, refused, run, write_jsonl
 from hub import write_wikitext
-from test_bad_input import cases, plain_user, refused
 
 ROWS = ["The quick brown fox jumps over the lazy dog. " * 8] * 10
 SHORT = ["--max_seq_length", 64, "--max_steps", 1, "--report_to", "none"]  # a run of a second

@@ -7,9 +7,7 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT, in_child, launch, run, write_jsonl
-from test_hub import ACCELERATE, free_port
-from test_training import logged, same_weights, weights_of
+from helpers import ACCELERATE, ROOT, free_port, in_child, launch, logged, run, same_weights, weights_of, write_jsonl  # noqa: I001
 
 import main
 

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from conftest import in_child
+from helpers import in_child
 from torch.nn.functional import cross_entropy
 
 import main

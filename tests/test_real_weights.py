@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT, SCRATCH
+from helpers import ROOT, SCRATCH
 
 pytestmark = pytest.mark.slow
 

@@ -8,10 +8,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, in_child, launch, run, write_jsonl
-from test_hub import ACCELERATE, free_port
-from test_training import same_weights
-from test_unkillable import events
+from helpers import ACCELERATE, ROOT, events, free_port, in_child, launch, run, same_weights, write_jsonl  # noqa: I001
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ import tokenize
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from helpers import ROOT
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.sh"))
 PROGRAMS = ["main.py", *sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))]

@@ -10,7 +10,7 @@ import sys
 import time
 
 import pytest
-from conftest import ROOT, in_child, launch, run
+from helpers import ROOT, in_child, launch, run
 
 import main
 
@@ -100,7 +100,7 @@ def finished(tiny, tmp_path_factory):
     """A finished run of 3 epochs with validation every 5 steps. Returns: (output_dir, done, texts, argv)."""
     import pydoc_data.topics
 
-    from conftest import write_jsonl
+    from helpers import write_jsonl
 
     folder = tmp_path_factory.mktemp("finished")
     topics = pydoc_data.topics.topics

@@ -13,12 +13,10 @@ import time
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, SCRATCH, in_child, launch, run, write_jsonl
-from test_hub import ACCELERATE, free_port
-from test_training import same_weights
+from helpers import ACCELERATE, ROOT, SCRATCH, free_port, in_child, launch, run, same_weights, write_jsonl  # noqa: I001
 
 KILLS = int(os.environ.get("KILLS", 520))  # at least so many by count, spread evenly over all changes
-TABLE = {}
+from helpers import KILL_TABLE as TABLE  # noqa: E402
 
 
 class Server:

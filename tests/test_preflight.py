@@ -14,36 +14,30 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import ROOT
+from helpers import (
+    GOOD,
+    INVALID,
+    NAMESPACE,
+    NARROW,
+    ORDINARY,
+    PATH,
+    ROOT,
+    STRANGER,
+    cases,
+    free_port,
+    need,
+)
 from hub import StubHub
-from test_bad_input import ORDINARY, cases
-from test_hub import GOOD, INVALID, STRANGER, free_port
 
-BIN = os.path.dirname(sys.executable)
-NARROW = {"HF_TOKEN": "hf_narrow"}
-NAMESPACE = "unshare --user --map-root-user --net --mount --uts --fork --kill-child bash -c".split()
-
-
-@pytest.fixture(scope="module", autouse=True)
-def served(hub, tiny):
-    """Put Gemma on the stub hub, and let it know one token more."""
-    hub.repos["models"]["google/gemma-3-270m"] = tiny
-    hub.narrow.add("hf_narrow")
-
-
-@pytest.fixture(scope="module")
-def no_torch(tmp_path_factory):
-    """Settings under which torch cannot be imported."""
-    folder = tmp_path_factory.mktemp("no-torch")
-    (folder / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
-    return {"PYTHONPATH": str(folder)}
+pytestmark = pytest.mark.usefixtures("hub")
 
 
 def start(*argv, env=None, cwd=None, script=ROOT / "verify_setup.sh", before=(), **pipes):
     """Run the script behind the words of `before`. env: None as a value takes a variable away. Returns: the result."""
     names = ("MAIN_NODE_IP", "NUM_MACHINES", "GPUS", "TOTAL_GPUS", "OUTPUT_DIR", "MODEL", "GLOO_SOCKET_IFNAME")
+    need(*before[:1])
     settings = {name: value for name, value in os.environ.items() if name not in names}
-    settings |= {"PATH": f"{BIN}:{os.environ['PATH']}", "MAIN_PORT": str(free_port())} | (env or {})
+    settings |= {"PATH": PATH, "MAIN_PORT": str(free_port())} | (env or {})
     settings = {name: str(value) for name, value in settings.items() if value is not None}
     command = [*map(str, before), shutil.which("bash"), str(script), *map(str, argv)]
     pipes = pipes or {"capture_output": True}
@@ -314,7 +308,7 @@ def test_several_machines_need_shared_storage(no_torch, tiny, tmp_path):
     expect(verify(env=env | {"NUM_MACHINES": 1}), "shared storage", "PASS")
     (tmp_path / "df").write_text("#!/bin/sh\necho Type\necho nfs4\n")
     (tmp_path / "df").chmod(0o755)
-    expect(verify(env=env | {"PATH": f"{tmp_path}:{BIN}:{os.environ['PATH']}"}), "shared storage", "PASS", "nfs4")
+    expect(verify(env=env | {"PATH": f"{tmp_path}:{PATH}"}), "shared storage", "PASS", "nfs4")
 
 
 # ── Network ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -336,6 +330,7 @@ def test_a_port_that_is_taken_is_named(no_torch, tiny, tmp_path):
 @pytest.mark.slow
 def test_another_main_node_is_knocked_at(no_torch, tiny, tmp_path):
     """V5: two hosts in network namespaces: one that listens, one that does not yet, and one that is not there."""
+    need("ip", "nsenter", "hostname")
     script = """
         ip link set lo up; hostname trial; echo "127.0.1.1 trial" >"$0/hosts"; mount --bind "$0/hosts" /etc/hosts
         unshare --net sleep 60 & other="nsenter --net --target $!"
@@ -440,6 +435,7 @@ def test_a_directory_is_a_model_too(hub, no_torch, tiny, tmp_path):
 
 def test_without_a_network_it_takes_seconds(tmp_path):
     """V4 to V6: no route, no names: one FAIL for the model, nothing hangs, a single machine needs no network."""
+    need("ip")
     script = 'ip link set lo up; exec "$@"'
     env = {"OUTPUT_DIR": tmp_path, "HF_HOME": tmp_path / "home", "HF_ENDPOINT": None}
     done = verify(env=env, before=[*NAMESPACE, script, "sh"])

@@ -13,18 +13,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import ROOT, launch, run, write_jsonl
-from test_hub import ACCELERATE, free_port
-
-ROWS = ["The quick brown fox jumps over the lazy dog. " * 8] * 10
-
-
-@pytest.fixture
-def flags(tiny, tmp_path):
-    text = write_jsonl(tmp_path / "train.jsonl", ROWS)
-    return ["--model_name_or_path", tiny, "--train_file", text, "--max_seq_length", 64, "--max_steps", 2,
-            "--gradient_accumulation_steps", 1, "--report_to", "none", "--cache_dir", tmp_path / "cache",
-            "--output_dir", tmp_path / "out"]  # fmt: skip
+from helpers import ACCELERATE, ROOT, ROWS, free_port, launch, missing, run, write_jsonl
 
 
 def place(rank, port, **other):
@@ -65,96 +54,96 @@ def refused(ranks, *words, status=2):
     """All ranks ended with the status and with one sentence, which has all the words; nothing else went wrong."""
     for done in ranks:
         if done.status == 99:
-            pytest.skip("no mounts here")
+            missing("mounts of one process alone are not permitted here")
         assert done.status == status, done.err
         assert len(errors(done)) == 1 and all(word in errors(done)[0] for word in words), done.err
         assert "Traceback" not in done.err, done.err
 
 
-def test_ranks_with_other_flags_are_refused(flags, tmp_path):
+def test_ranks_with_other_flags_are_refused(rank_flags, tmp_path):
     """C6, N3: each difference is named, with both values, on both machines; the directory stays empty."""
-    ranks = both(flags, ["--max_steps", 3, "--add_eos", "--cache_dir", tmp_path / "own"])
+    ranks = both(rank_flags, ["--max_steps", 3, "--add_eos", "--cache_dir", tmp_path / "own"])
     refused(ranks, "rank 1 on ", "--max_steps is 3 instead of 2", "--add_eos is True instead of False")
     assert "cache_dir" not in ranks[0].err and os.listdir(tmp_path / "out") == []
 
 
-def test_ranks_with_another_main_py_are_refused(flags, tmp_path):
+def test_ranks_with_another_main_py_are_refused(rank_flags, tmp_path):
     """C6, N3: both machines need the same trainer."""
     other = tmp_path / "main.py"
     other.write_text((ROOT / "main.py").read_text() + "\n")
-    refused(both(flags, prepare=(None, mount(other, ROOT / "main.py"))), "main.py is '")
+    refused(both(rank_flags, prepare=(None, mount(other, ROOT / "main.py"))), "main.py is '")
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_is_refused(flags, tmp_path):
+def test_another_number_of_processes_is_refused(rank_flags, tmp_path):
     """C6, N3: two launchers with different totals never meet; accelerate gives both the same total, and other parts."""
     began = time.time()
-    ranks = both([*flags, "--ddp_timeout", 5], WORLD_SIZE=3)
+    ranks = both([*rank_flags, "--ddp_timeout", 5], WORLD_SIZE=3)
     refused([ranks[1]], "3 processes could not connect at 127.0.0.1:", "within --ddp_timeout 5", status=1)
     refused([ranks[0]], "2 processes could not connect at 127.0.0.1:", status=1)
     assert time.time() - began < 60 and not list(tmp_path.glob("out/*.safetensors")), ranks
     accelerate = {"ACCELERATE_MIXED_PRECISION": "no", "LOCAL_WORLD_SIZE": 2}
-    refused(both(flags, **accelerate), "--num_processes", "'2' instead of None")
+    refused(both(rank_flags, **accelerate), "--num_processes", "'2' instead of None")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("before", [0, 1], ids=["new", "used before"])
-def test_an_output_dir_that_is_not_shared_is_refused(before, flags, tmp_path):
+def test_an_output_dir_that_is_not_shared_is_refused(before, rank_flags, tmp_path):
     """B10, B13: the same name, another directory, also where each has been trained in before; nothing else is left."""
     for name in ("out", "own"):
         (tmp_path / name).mkdir()
         if before:
             (tmp_path / name / ".lock").write_text("process 1 on a machine\n")
-    ranks = both(flags, prepare=(None, mount(tmp_path / "own", tmp_path / "out")))
+    ranks = both(rank_flags, prepare=(None, mount(tmp_path / "own", tmp_path / "out")))
     refused(ranks, "storage that all machines share", str(tmp_path / "out"))
     assert "rank 1 on " in ranks[0].err
     assert os.listdir(tmp_path / "out") == os.listdir(tmp_path / "own") == [".lock"] * before
 
 
-def test_a_missing_file_on_one_machine_ends_all(flags, tmp_path):
+def test_a_missing_file_on_one_machine_ends_all(rank_flags, tmp_path):
     """B13: also before the processes are connected; the sentence of the one is read on the other."""
     began = time.time()
-    ranks = both(flags, ["--train_file", tmp_path / "none.jsonl"])
+    ranks = both(rank_flags, ["--train_file", tmp_path / "none.jsonl"])
     refused(ranks, "no such file")
     assert "rank 1 on " in ranks[0].err and time.time() - began < 30
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_bad_data_on_one_machine_ends_all(flags, tmp_path, rank):
+def test_bad_data_on_one_machine_ends_all(rank_flags, tmp_path, rank):
     """B13: while the other one waits for the end of the preparation."""
     (tmp_path / "bad.jsonl").write_text('{"text": 1\n')
     began, bad = time.time(), mount(tmp_path / "bad.jsonl", tmp_path / "train.jsonl")
-    ranks = both(flags, prepare=(None, bad) if rank else (bad, None))
+    ranks = both(rank_flags, prepare=(None, bad) if rank else (bad, None))
     refused(ranks, "train.jsonl, line 1: broken JSON")
     assert f"rank {rank} on " in ranks[1 - rank].err and time.time() - began < 30
 
 
-def test_other_data_on_one_machine_is_refused(flags, tmp_path):
+def test_other_data_on_one_machine_is_refused(rank_flags, tmp_path):
     """B13: each machine may have its own copy of a file, but not another one."""
     other = mount(write_jsonl(tmp_path / "other.jsonl", ROWS[1:]), tmp_path / "train.jsonl")
-    ranks = both(flags, ["--cache_dir", tmp_path / "own"], prepare=(None, other))
+    ranks = both(rank_flags, ["--cache_dir", tmp_path / "own"], prepare=(None, other))
     refused(ranks, "train_data is '", "instead of")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", [[], ["--do_eval"]], ids=["training", "evaluation"])
-def test_other_validation_data_on_one_machine_is_refused(flags, tmp_path, task):
+def test_other_validation_data_on_one_machine_is_refused(rank_flags, tmp_path, task):
     """B13: the perplexity would be of both texts, or one machine would wait for batches that the other has not."""
     text = write_jsonl(tmp_path / "validation.jsonl", ROWS)
     other = mount(write_jsonl(tmp_path / "other.jsonl", ROWS[::-1] + ["Another one. " * 20]), text)
     more = ["--validation_file", text, *task]
-    ranks = both([*flags, *more], ["--cache_dir", tmp_path / "own"], prepare=(None, other))
+    ranks = both([*rank_flags, *more], ["--cache_dir", tmp_path / "own"], prepare=(None, other))
     refused(ranks, "validation_data is '", "instead of")
     assert "train_data is" not in ranks[0].err
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", [0, 1])
-def test_a_killed_rank_is_spoken_of_in_one_sentence(flags, tmp_path, lost):
+def test_a_killed_rank_is_spoken_of_in_one_sentence(rank_flags, tmp_path, lost):
     """B10, B13: kill -9 in training; the other one ends at once with status 1 and no traceback."""
-    port, flags = free_port(), [*flags, "--max_steps", 3000, "--save_steps", 5]
-    command = [sys.executable, ROOT / "main.py", *flags]
+    port, rank_flags = free_port(), [*rank_flags, "--max_steps", 3000, "--save_steps", 5]
+    command = [sys.executable, ROOT / "main.py", *rank_flags]
     ranks = [subprocess.Popen([str(word) for word in command], env=os.environ | place(rank, port), stdout=-3, stderr=-1,
                               text=True) for rank in (0, 1)]  # fmt: skip
     until = time.time() + 60
@@ -168,46 +157,46 @@ def test_a_killed_rank_is_spoken_of_in_one_sentence(flags, tmp_path, lost):
     assert said.count("main.py: error:") == 1 and "another process was lost or does not answer" in said, said
 
 
-def test_several_processes_that_cannot_find_each_other_are_refused(flags):
+def test_several_processes_that_cannot_find_each_other_are_refused(rank_flags):
     """C6: they would train into one directory, each by itself."""
     for name in ("MASTER_ADDR", "LOCAL_RANK"):
-        done = run(*flags, env=place(0, free_port(), **{name: None}))
+        done = run(*rank_flags, env=place(0, free_port(), **{name: None}))
         refused([done], f"WORLD_SIZE is set, but not {name}", "accelerate launch")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rank", [0, 1])
-def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked(flags, rank):
+def test_a_rank_that_never_comes_is_waited_for_as_long_as_asked(rank_flags, rank):
     """C6: --ddp_timeout holds from the beginning, also without a GPU."""
     began = time.time()
-    done = run(*flags, "--ddp_timeout", 3, env=place(rank, free_port()))
+    done = run(*rank_flags, "--ddp_timeout", 3, env=place(rank, free_port()))
     refused([done], "2 processes could not connect at 127.0.0.1:", "--ddp_timeout 3", status=1)
     assert time.time() - began < 30
 
 
-def test_a_failure_in_training_ends_all(flags):
+def test_a_failure_in_training_ends_all(rank_flags):
     """B10, B13: rank 0 cannot write its checkpoint and says why; rank 1, which waits for it, says that it was lost."""
     limit = (100_000, 100_000)  # bytes a file
     began = time.time()
-    ranks = both(flags, prepare=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), None))
+    ranks = both(rank_flags, prepare=(lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limit), None))
     refused(ranks[:1], "File too large", status=1)
     refused(ranks[1:], "another process was lost or does not answer", "the same command again goes on", status=1)
     assert time.time() - began < 60
 
 
-def test_two_ranks_train_and_evaluate(flags, tmp_path):
+def test_two_ranks_train_and_evaluate(rank_flags, tmp_path):
     """B13: what is refused above is fine otherwise, also a second time, and without training."""
-    for more in ([], [], ["--do_eval", "--validation_file", flags[3], "--output_dir", tmp_path / "eval"]):
-        ranks = both([*flags, *more], more)
+    for more in ([], [], ["--do_eval", "--validation_file", rank_flags[3], "--output_dir", tmp_path / "eval"]):
+        ranks = both([*rank_flags, *more], more)
         assert [done.status for done in ranks] == [0, 0], ranks
     assert "Done" in ranks[0].out and ranks[1].out == ""
 
 
 @pytest.mark.slow
-def test_data_may_take_longer_than_the_timeout(flags):
+def test_data_may_take_longer_than_the_timeout(rank_flags):
     """B13: --ddp_timeout does not end the process that waits for another one's preparation of the data."""
-    port, flags = free_port(), [*flags, "--ddp_timeout", 10]
-    command = [sys.executable, ROOT / "main.py", *flags]
+    port, rank_flags = free_port(), [*rank_flags, "--ddp_timeout", 10]
+    command = [sys.executable, ROOT / "main.py", *rank_flags]
     ranks = [subprocess.Popen([str(word) for word in command], env=os.environ | place(rank, port, LOCAL_RANK=rank),
                               stdout=-3, stderr=-1, text=True) for rank in (0, 1)]  # fmt: skip
     seen = ""
@@ -222,11 +211,40 @@ def test_data_may_take_longer_than_the_timeout(flags):
 
 
 @pytest.mark.slow
-def test_bad_data_under_a_launcher_is_said_once(flags, tmp_path):
+def test_bad_data_under_a_launcher_is_said_once(rank_flags, tmp_path):
     """B13, C9: one machine, two processes, one sentence, and no half minute of waiting."""
     (tmp_path / "train.jsonl").write_text('{"text": 1\n')
     words = [ACCELERATE, "launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", free_port()]
     began = time.time()
-    done = launch(*words, "--mixed_precision", "no", ROOT / "main.py", *flags)
+    done = launch(*words, "--mixed_precision", "no", ROOT / "main.py", *rank_flags)
     assert done.status and len(errors(done)) == 1 and "broken JSON" in errors(done)[0], done.err
     assert time.time() - began < 60
+
+
+CONFIG = """
+compute_environment: LOCAL_MACHINE
+debug: false
+distributed_type: {}
+downcast_bf16: 'no'
+enable_cpu_affinity: false
+machine_rank: 0
+main_training_function: main
+mixed_precision: 'no'
+num_machines: 1
+num_processes: 2
+rdzv_backend: static
+same_network: true
+use_cpu: {}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind, processes", [("MULTI_GPU", "2 processes"), ("MULTI_CPU", "1 process,")])
+def test_a_file_of_accelerate_config_is_followed(launched_flags, tmp_path, kind, processes):
+    """C9: that of two GPUs trains in two processes on the CPU; that of two CPUs is for mpirun, and trains in one."""
+    config = tmp_path / "default_config.yaml"
+    config.write_text(CONFIG.format(kind, "true" if kind == "MULTI_CPU" else "false\ngpu_ids: 2,3"))
+    words = [ACCELERATE, "launch", "--config_file", config, "--main_process_port", free_port(), ROOT / "main.py"]
+    done = launch(*words, *launched_flags, "--max_steps", 2, "--output_dir", tmp_path / "out")
+    assert done.status == 0 and f"device   cpu, {processes}" in done.out, done
+    assert done.out.count("Done: the model is in") == 1
