@@ -45,6 +45,7 @@ from helpers import (  # noqa: E402
     quickstart_in,
     refused,
     run,
+    short_run,
     snapshot,
     steps,
     write_jsonl,
@@ -105,7 +106,7 @@ def tiny():
 
 @pytest.fixture
 def tiny_model(tiny):
-    """That model, loaded in float32; for computing in this process, which no fork does afterwards."""
+    """That model, loaded in float32."""
     import torch
     from transformers import AutoModelForCausalLM
 
@@ -199,9 +200,7 @@ def finished(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     texts = [write_jsonl(folder / "train.jsonl", manual("with", "while", "try", "class")),
              write_jsonl(folder / "validation.jsonl", manual("if", "for"))]  # fmt: skip
-    argv = ["--model_name_or_path", tiny, "--train_file", texts[0], "--validation_file", texts[1],
-            "--output_dir", folder / "out", "--no_truncation", "--max_seq_length", 64, "--learning_rate", 1e-3,
-            "--warmup_steps", 2, "--logging_steps", 1, "--save_steps", 4, "--eval_steps", 5]  # fmt: skip
+    argv = short_run(tiny, texts, folder / "out", "--logging_steps", 1, "--save_steps", 4, "--eval_steps", 5)
     return folder / "out", finish(*argv), texts, argv
 
 

@@ -57,7 +57,7 @@ BEST = ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--g
 
 # ── What the machine must have ───────────────────────────────────────────────────────────────────────────────────────
 
-PROGRAMS = {  # needed beyond Python and pip, and the Debian package of each
+NEEDED = {  # needed beyond Python and pip, and the Debian package of each
     "cc": "gcc libc6-dev", "git": "git", "hostname": "hostname", "ip": "iproute2", "mount": "mount",
     "nsenter": "util-linux", "pgrep": "procps", "pkill": "procps", "prlimit": "util-linux", "ps": "procps",
     "setpriv": "util-linux", "unshare": "util-linux",
@@ -69,7 +69,7 @@ def need(*programs):
     """Skip the test, with the reason, where a program is missing or unshare is not permitted; fail it under CI=true."""
     for name in programs:
         if not shutil.which(name):
-            missing(f"{name} is missing: apt-get install {PROGRAMS[name]}")
+            missing(f"{name} is missing: apt-get install {NEEDED[name]}")
     if "unshare" in programs and (why := no_namespaces(os.environ["PATH"])):
         missing(f"namespaces are not permitted here: {why}")
 
@@ -163,6 +163,27 @@ def events(folder):
     return {tag: [(event.step, event.value) for event in loaded.Scalars(tag)] for tag in loaded.Tags()["scalars"]}
 
 
+def chunks_of(model_dir, path, length):
+    """The chunks of a .jsonl file, untruncated, by the plainest code."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir)
+    tokens = [token for line in open(path) for token in tokenizer(json.loads(line)["text"])["input_ids"]]
+    return [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+
+
+def plain_loss(model_dir, chunks):
+    """Mean next-token loss over chunks, in float32, with nothing but transformers and torch's cross-entropy."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
+    with torch.no_grad():
+        ids = torch.tensor(chunks)
+        logits = model(ids).logits[:, :-1].flatten(0, 1)
+        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()
+
+
 # ── Running main.py ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -223,6 +244,13 @@ def launch(*argv, env=None, cwd=ROOT, timeout=600):
         command, env=os.environ | (env or {}), cwd=cwd, timeout=timeout, capture_output=True, text=True
     )
     return SimpleNamespace(status=done.returncode, out=done.stdout, err=done.stderr)
+
+
+def short_run(tiny, texts, output, *more):
+    """Flags of a short run on the tiny model: 12 steps or so an epoch."""
+    return ["--model_name_or_path", tiny, "--train_file", texts[0], "--validation_file", texts[1],
+            "--output_dir", output, "--no_truncation", "--max_seq_length", 64, "--learning_rate", 1e-3,
+            "--warmup_steps", 2, *more]  # fmt: skip
 
 
 def finish(*argv, **more):

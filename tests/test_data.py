@@ -1,18 +1,38 @@
-"""What becomes of rows and tokens on their way from files to chunks."""
+"""What becomes of rows and tokens on their way to chunks: from files, directories, the hub and the cache."""
 
 import gzip
 import json
 import re
+import subprocess
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pytest
-from helpers import run, write_jsonl
+from helpers import (
+    GOOD,
+    INVALID,
+    ROWS,
+    SHORT,
+    STRANGER,
+    cases,
+    finish,
+    free_port,
+    launch,
+    plain_user,
+    results,
+    write_jsonl,
+)
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 import main
+
+ALSO = "--train_file {train} "
+
+# ── Rows, tokens, chunks ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def prepare(tiny, tmp_path, *argv):
@@ -33,11 +53,11 @@ def expected_chunks(tokenizer, texts, length, truncate=True, eos=()):
     return [kept[start : start + length] for start in range(0, len(kept) - length + 1, length)], len(kept)
 
 
-ROWS = st.lists(st.one_of(st.none(), st.just(" \n"), st.text(st.characters(codec="utf-8"), max_size=60)), min_size=1)
+TABLES = st.lists(st.one_of(st.none(), st.just(" \n"), st.text(st.characters(codec="utf-8"), max_size=60)), min_size=1)
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(rows=ROWS, length=st.integers(2, 40), truncate=st.booleans(), add_eos=st.booleans(), batch=st.integers(1, 300))
+@given(rows=TABLES, length=st.integers(2, 40), truncate=st.booleans(), add_eos=st.booleans(), batch=st.integers(1, 300))
 def test_every_token_is_in_one_chunk_in_order(tiny, tmp_path, rows, length, truncate, add_eos, batch):
     """B3, B4: file → map batches of any size → chunks equals the plainest code, over any rows."""
     main.TOKENIZE_BYTES = batch  # a few rows a batch
@@ -89,15 +109,88 @@ def test_2600_rows_over_three_map_batches_lose_one_remainder(tiny, tmp_path):
     rows = [f"row {number} " + "word " * (number % 40) if number % 13 else "" for number in range(2600)]
     path = write_jsonl(tmp_path / "train.jsonl", rows)
     output = tmp_path / "out"
-    done = run("--model_name_or_path", tiny, "--train_file", path, "--output_dir", output, "--max_seq_length", 64,
-               "--max_steps", 1, "--save_steps", 1)  # fmt: skip
-    assert done.status == 0, done.err
+    done = finish("--model_name_or_path", tiny, "--train_file", path, "--output_dir", output, *SHORT)
     assert "2600/2600" in done.err  # the tokenizer's progress bar
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     sizes = [len(tokenizer(row)["input_ids"]) for row in rows if row]
     kept = sum(min(size, 64) for size in sizes)
     over = [size - 64 for size in sizes if size > 64]
     assert report_of(done.out) == [2600, 200, len(over), sum(over), kept, kept // 64, 64, kept % 64]
+
+
+def test_only_int32_input_ids_are_stored(tiny, tmp_path, texts):
+    """B4: no attention mask, no labels, four bytes a token."""
+    train, _, _ = prepare(tiny, tmp_path, "--train_file", texts[0], "--max_seq_length", 64)
+    assert train.column_names == ["input_ids"]
+    assert train.features["input_ids"].feature.dtype == "int32"
+
+
+def test_truncation_that_takes_much_is_said(tiny, tmp_path, texts, capsys):
+    """B3: chapters cut to 64 tokens lose most of them; the note names the flag that keeps them."""
+    for more, noted in (([], True), (["--no_truncation"], False)):
+        prepare(tiny, tmp_path, "--train_file", texts[0], "--max_seq_length", 64, *more)
+        said = capsys.readouterr().out
+        assert bool(re.search(r"^note +truncation takes \d+% of the train.*--no_truncation", said, re.M)) == noted
+
+
+def test_limits_take_the_first_chunks_and_say_so(tiny, tmp_path, texts):
+    """--max_train_samples and --max_eval_samples count chunks."""
+    done = finish(*flags(tiny, texts, tmp_path), "--validation_file", texts[1], "--no_truncation",
+                  "--max_train_samples", 9, "--max_eval_samples", 3)  # fmt: skip
+    assert "train: only the first 9 of" in done.out and "validation: only the first 3 of" in done.out
+    assert "steps    1 (1 epochs)" in done.out
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_too_little_text_names_a_length_that_works(split, refuse, tiny, train, tmp_path):
+    """B4: with less text than one chunk, the sentence gives the number of tokens, and that --max_seq_length trains."""
+    few = tmp_path / "few.txt"
+    few.write_text("A handful of words.\nAnd a second line.\n")
+    flags = "--train_file {tmp}/few.txt" if split == "train" else ALSO + "--validation_file {tmp}/few.txt"
+    sentence = refuse(flags, split, "--max_seq_length", "one chunk of 64")
+    tokens, length = re.search(r"(\d+) tokens.*--max_seq_length \D*(\d+)", sentence).groups()
+    assert tokens == length
+    flags = [*flags.format(tmp=tmp_path, train=train).split(), "--model_name_or_path", tiny, "--report_to", "none"]
+    finish(*flags, "--output_dir", tmp_path / "new", "--max_steps", 1, "--max_seq_length", length)
+
+
+# ── The cache ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def flags(tiny, texts, tmp_path, *more):
+    return ["--model_name_or_path", tiny, "--train_file", texts[0], "--cache_dir", tmp_path / "cache",
+            "--output_dir", tmp_path / "out", "--max_seq_length", 64, "--max_steps", 1, *more]  # fmt: skip
+
+
+def test_a_second_run_reads_the_cache(tiny, tmp_path, texts):
+    """B13: another process finds rows, tokens and chunks; a changed flag, length, file or tokenizer makes them anew."""
+    work = ("Generating train_rows", "Tokenizing train", "Generating train_chunks")
+
+    def done_again(*more, output):
+        done = finish(*flags(tiny, texts, tmp_path, *more), "--output_dir", tmp_path / output)
+        return [name for name in work if name in done.err]
+
+    assert done_again(output="a") == list(work)
+    assert done_again(output="b") == []
+    assert done_again("--max_seq_length", 32, output="c") == ["Generating train_chunks"]
+    assert done_again("--no_truncation", output="d") == ["Generating train_chunks"]
+    assert done_again("--add_eos", output="e") == list(work[1:])
+    assert done_again("--overwrite_cache", output="f") == list(work)
+    assert done_again(output="g") == []
+    texts[0].write_text(texts[0].read_text().replace("the", "THE"))
+    assert done_again(output="h") == list(work)
+
+
+def test_several_tokenizing_processes_make_the_same_chunks(tiny, tmp_path):
+    """B13: --preprocessing_num_workers changes speed only."""
+    path = write_jsonl(tmp_path / "train.jsonl", [f"text number {number} " * (number % 7) for number in range(300)])
+    common = ["--train_file", path, "--max_seq_length", 64]
+    one, _, _ = prepare(tiny, tmp_path, *common)
+    two, _, _ = prepare(tiny, tmp_path, *common, "--preprocessing_num_workers", 2, "--overwrite_cache")
+    assert one["input_ids"][:] == two["input_ids"][:]
+
+
+# ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def write_csv(path, rows):
@@ -128,16 +221,15 @@ def test_every_format_trains_and_evaluates(tiny, tmp_path, name, bf16):
     """F4, F15, B2, B9, C7, C8: each file format, in float32 and with --bf16 on the CPU."""
     FORMATS[name](tmp_path / name)
     path, output = tmp_path / name, tmp_path / "out"
-    done = run("--model_name_or_path", tiny, "--train_file", path, "--validation_file", path, "--text_column", "text",
-               "--output_dir", output, "--max_seq_length", 64, "--max_steps", 1, *["--bf16"] * bf16)  # fmt: skip
-    assert done.status == 0, done.err
+    done = finish("--model_name_or_path", tiny, "--train_file", path, "--validation_file", path, "--text_column",
+                  "text", "--output_dir", output, "--max_seq_length", 64, "--max_steps", 1, *["--bf16"] * bf16)
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     texts = [line + "\n" for line in LINES] if name.endswith(".txt") else STORIES
     expected, kept = expected_chunks(tokenizer, texts, 64)
     assert report_of(done.out)[4:6] == [kept, len(expected)] == report_of(done.out, "validation")[4:6]
     assert ("bf16 autocast" in done.out) == bf16
-    results = json.loads((output / "all_results.json").read_text())
-    assert results["perplexity"] == pytest.approx(np.exp(results["eval_loss"]), rel=1e-6)
+    numbers = results(output)
+    assert numbers["perplexity"] == pytest.approx(np.exp(numbers["eval_loss"]), rel=1e-6)
 
 
 def test_text_reaches_the_tokenizer_unchanged(tiny, tmp_path):
@@ -163,59 +255,226 @@ def test_several_files_and_a_glob_are_read_in_order(tiny, tmp_path):
     assert train["input_ids"][:] == expected_chunks(tokenizer, texts, 16, truncate=False)[0]
 
 
-def test_only_int32_input_ids_are_stored(tiny, tmp_path, texts):
-    """B4: no attention mask, no labels, four bytes a token."""
-    train, _, _ = prepare(tiny, tmp_path, "--train_file", texts[0], "--max_seq_length", 64)
-    assert train.column_names == ["input_ids"]
-    assert train.features["input_ids"].feature.dtype == "int32"
+def lines(*rows):
+    return "".join(json.dumps(row) + "\n" for row in rows)
 
 
-def test_truncation_that_takes_much_is_said(tiny, tmp_path, texts, capsys):
-    """B3: chapters cut to 64 tokens lose most of them; the note names the flag that keeps them."""
-    for more, noted in (([], True), (["--no_truncation"], False)):
-        prepare(tiny, tmp_path, "--train_file", texts[0], "--max_seq_length", 64, *more)
-        said = capsys.readouterr().out
-        assert bool(re.search(r"^note +truncation takes \d+% of the train.*--no_truncation", said, re.M)) == noted
+ZIPPED = gzip.compress(lines(*[{"text": f"row {number}"} for number in range(1000)]).encode())
+CONTENT = {  # case: (file name, content), words of the sentence
+    "empty": (("bad.jsonl", ""), "bad.jsonl", "empty"),
+    "unknown extension": (("bad.parquet", "PAR1"), "bad.parquet", "extension", ".json", ".csv", ".txt", ".gz"),
+    "broken line": (("bad.jsonl", '{"text": "a"}\n{"text": "b"\n'), "bad.jsonl, line 2", "broken JSON", "one object a"),
+    "broken array": (("bad.json", '[{"text": "a"},\n {"text": "b"},\n {"text": }]'), "bad.json, line 3", "broken JSON"),
+    "open array": (("bad.json", '[{"text": "a"},\n'), "bad.json, line ", "broken JSON"),
+    "nested too deeply": (("bad.json", "[" * 100_000), "bad.json", "broken JSON"),
+    "bare string": (("bad.json", '"hello"'), "bad.json, line 1", '"hello"', "object", '{"text": '),
+    "array of numbers": (("bad.json", '[{"text": "a"}, 2]'), "bad.json, item 2", "2 is no JSON object", '{"text": '),
+    "strings a line": (("bad.jsonl", '{"text": "a"}\n"b"\n'), "bad.jsonl, line 2", '"b"', "object"),
+    "gz cut short": (("bad.jsonl.gz", ZIPPED[:-30]), "bad.jsonl.gz", "cannot be read to its end"),
+    "gz that is none": (("bad.txt.gz", "plain text\n"), "bad.txt.gz", "cannot be read", "gzip"),
+    "csv with a value too many": (
+        ("bad.csv", "id,text\n1,hello\n2,hello, world\n"), "bad.csv, line 3", "3 values", "has 2", "double quotes"
+    ),
+    "csv with a value too few": (("bad.csv", "id,text\n1,hello\n2\n"), "bad.csv, line 3", "1 value", "has 2"),
+    "csv with an open quote": (("bad.csv", 'id,text\n1,"hello\n2,world\n'), "bad.csv", "broken CSV", "line"),
+    "Latin-1": (("bad.txt", "plain\ncafé\n".encode("latin1")), "bad.txt", "not UTF-8", "byte 9", "0xe9", "iconv"),
+    "UTF-16": (("bad.txt", "a line\n".encode("utf-16")), "bad.txt", "not UTF-8", "byte 0", "utf-16"),
+    "UTF-16 without a mark": (
+        ("bad.txt", "a line\nand another\n".encode("utf-16-le")), "bad.txt", "line 1", "NUL", "iconv -f utf-16le"
+    ),
+    "NUL in CSV": (("bad.csv", "text\nhello\nwor\0ld\n"), "bad.csv", "line 3", "NUL"),
+    "no such column in json": (
+        ("bad.jsonl", lines({"Text": "a", "id": 1})), "bad.jsonl, line 1", "'text'", "mean 'Text'?",
+        "columns: Text, id", "--text_column",
+    ),
+    "column gone half-way": (("bad.jsonl", lines({"text": "a"}, {"body": "b"})), "bad.jsonl, line 2", "columns: body"),
+    "no such column in csv": (
+        ("bad.csv", "id,txt\n1,hello\n"), "bad.csv, line 1", "'text'", "mean 'txt'?", "columns: id, txt",
+        "--text_column",
+    ),
+    "json column of numbers": (("bad.jsonl", lines({"text": 5})), "line 1", "'text'", "holds 5", "--text_column"),
+    "json column of lists": (("bad.json", '[{"text": ["a"]}]'), "item 1", "'text'", 'holds ["a"]', "--text_column"),
+    "json column of nulls": (("bad.jsonl", lines({"text": None}, {"text": None})), "train", "no text", "2 rows"),
+    "lone surrogate": (("bad.jsonl", lines({"text": "a"}, {"text": "b \ud83d"})), "line 2", r"\ud800 to \udfff"),
+    "blank rows only": (("bad.txt", "\n   \n\t\n"), "train", "no text", "3 rows", "blank"),
+    "csv without rows": (("bad.csv", "text\n"), "no rows"),
+    "empty array": (("bad.json", "[]"), "no rows"),
+    "line breaks only": (("bad.jsonl", "\n\n"), "no rows"),
+}
 
 
-def flags(tiny, texts, tmp_path, *more):
-    return ["--model_name_or_path", tiny, "--train_file", texts[0], "--cache_dir", tmp_path / "cache",
-            "--output_dir", tmp_path / "out", "--max_seq_length", 64, "--max_steps", 1, *more]  # fmt: skip
+@pytest.mark.parametrize(("file", "words"), cases(CONTENT))
+def test_bad_file_is_refused_in_one_sentence_that_says_where(file, words, refuse, tmp_path):
+    """F4, F5, B2, B5: what is wrong in a file is named with file, line, item, byte or column."""
+    name, content = file
+    (tmp_path / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    refuse(f"--train_file {{tmp}}/{name}", *words)
 
 
-def test_a_second_run_reads_the_cache(tiny, tmp_path, texts):
-    """B13: another process finds rows, tokens and chunks; a changed flag, length, file or tokenizer makes them anew."""
-    work = ("Generating train_rows", "Tokenizing train", "Generating train_chunks")
-
-    def done_again(*more, output):
-        done = run(*flags(tiny, texts, tmp_path, *more), "--output_dir", tmp_path / output)
-        assert done.status == 0, done.err
-        return [name for name in work if name in done.err]
-
-    assert done_again(output="a") == list(work)
-    assert done_again(output="b") == []
-    assert done_again("--max_seq_length", 32, output="c") == ["Generating train_chunks"]
-    assert done_again("--no_truncation", output="d") == ["Generating train_chunks"]
-    assert done_again("--add_eos", output="e") == list(work[1:])
-    assert done_again("--overwrite_cache", output="f") == list(work)
-    assert done_again(output="g") == []
-    texts[0].write_text(texts[0].read_text().replace("the", "THE"))
-    assert done_again(output="h") == list(work)
+def test_bad_validation_file_is_named(refuse, tmp_path):
+    """B9: the validation data is held to the same rules."""
+    (tmp_path / "val.txt").write_text("\n\n")
+    refuse(ALSO + "--validation_file {tmp}/val.txt", "validation", "2 rows", "blank")
 
 
-def test_several_tokenizing_processes_make_the_same_chunks(tiny, tmp_path):
-    """B13: --preprocessing_num_workers changes speed only."""
-    path = write_jsonl(tmp_path / "train.jsonl", [f"text number {number} " * (number % 7) for number in range(300)])
-    common = ["--train_file", path, "--max_seq_length", 64]
-    one, _, _ = prepare(tiny, tmp_path, *common)
-    two, _, _ = prepare(tiny, tmp_path, *common, "--preprocessing_num_workers", 2, "--overwrite_cache")
-    assert one["input_ids"][:] == two["input_ids"][:]
+# ── Directories ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_limits_take_the_first_chunks_and_say_so(tiny, tmp_path, texts):
-    """--max_train_samples and --max_eval_samples count chunks."""
-    done = run(*flags(tiny, texts, tmp_path), "--validation_file", texts[1], "--no_truncation",
-               "--max_train_samples", 9, "--max_eval_samples", 3)  # fmt: skip
+def save_dict(folder):
+    splits = {"train": ROWS, "validation": ROWS[:3], "test": ROWS[:1]}
+    parts = {name: datasets.Dataset.from_dict({"text": rows}) for name, rows in splits.items()}
+    datasets.DatasetDict(parts).save_to_disk(folder)
+
+
+def save_single(folder):
+    datasets.Dataset.from_dict({"text": ROWS}).save_to_disk(folder)
+
+
+def write_lines(folder):
+    folder.mkdir()
+    write_jsonl(folder / "train.jsonl", ROWS)
+    write_jsonl(folder / "validation.jsonl", ROWS[:3])
+
+
+def write_parquet(folder):
+    folder.mkdir()
+    for name, rows in (("train", ROWS), ("validation", ROWS[:3])):
+        datasets.Dataset.from_dict({"text": rows}).to_parquet(folder / f"{name}.parquet")
+
+
+def write_test_only(folder):
+    folder.mkdir()
+    write_jsonl(folder / "test.jsonl", ROWS)
+
+
+def write_file(path):
+    write_jsonl(path, ROWS)
+
+
+@pytest.mark.parametrize("make", [save_dict, save_single, write_lines, write_parquet])
+def test_a_data_set_directory_is_read(make, tiny, tmp_path):
+    """F3: directories of save_to_disk, of JSON lines and of parquet files."""
+    make(tmp_path / "data")
+    flags = ["--dataset_name", tmp_path / "data", "--model_name_or_path", tiny, "--output_dir", tmp_path / "out"]
+    done = finish(*flags, *SHORT)
+    assert "train: 10 rows" in done.out
+    assert ("validation: 3 rows" in done.out) == (make is not save_single) == ("eval_loss" in done.out)
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (write_test_only, ["no train split", "only test", "--train_file"]),
+    (Path.mkdir, ["data", "any data files"]),
+    (write_file, ["data", "--train_file"]),
+    (lambda folder: None, ["data", "no such"]),
+], ids=["only a test split", "empty", "a file", "missing"])
+def test_a_directory_that_is_no_training_data_is_refused(make, words, refuse, tmp_path):
+    """F3, B2: a path that is no data set directory ends with status 2 and names what is there."""
+    make(tmp_path / "data")
+    refuse("--dataset_name {tmp}/data", "--dataset_name", *words)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", [save_dict, write_lines])
+def test_a_read_only_directory_is_read_and_not_written_to(make, tiny, tmp_path):
+    """F3: what is prepared goes to the cache, not beside the data."""
+    make(tmp_path / "data")
+    before = sorted(tmp_path.glob("data/**/*"))
+    subprocess.run(["chmod", "-R", "a-w", tmp_path / "data"], check=True)
+    flags = ["--dataset_name", tmp_path / "data", "--model_name_or_path", tiny, "--output_dir", tmp_path / "out"]
+    done = plain_user(*flags, *SHORT)
+    subprocess.run(["chmod", "-R", "u+w", tmp_path / "data"], check=True)
     assert done.status == 0, done.err
-    assert "train: only the first 9 of" in done.out and "validation: only the first 3 of" in done.out
-    assert "steps    1 (1 epochs)" in done.out
+    assert sorted(tmp_path.glob("data/**/*")) == before
+
+
+# ── The hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("name", ["wikitext", "Salesforce/wikitext"])
+def test_wikitext_without_a_configuration_is_the_small_raw_one(name, hub, tiny, tmp_path):
+    """C4: wikitext-2-raw-v1 is taken, and one line says so."""
+    flags = ["--dataset_name", name, "--model_name_or_path", tiny, "--output_dir", tmp_path / "out"]
+    done = finish(*flags, *SHORT)
+    assert len([line for line in done.out.splitlines() if "wikitext-2-raw-v1" in line]) == 1
+    assert "train: 300 rows" in done.out
+
+
+def test_a_chosen_configuration_is_taken_without_a_notice(hub, tiny, tmp_path):
+    """F3: --dataset_config_name decides."""
+    flags = ["--dataset_name", "wikitext", "--dataset_config_name", "wikitext-103-raw-v1", "--model_name_or_path", tiny]
+    done = finish(*flags, "--output_dir", tmp_path / "out", *SHORT)
+    assert "train: 600 rows" in done.out and "wikitext-2-raw-v1" not in done.out
+
+
+DATA = {  # case: (flags behind --dataset_name, environment), words of the sentence
+    "unknown": (("test/nowhere", {}), "test/nowhere", "no such name", "{hub}/datasets/test/nowhere"),
+    "unknown, with a token": (("test/nowhere", GOOD), "test/nowhere", "no such name"),
+    "unknown, without an owner": (("nowhere", {}), "nowhere", "no such name"),
+    "gated without token": (("test/gated-data", {}), "gated", "{hub}/datasets/test/gated-data", "hf auth login"),
+    "gated without accepted terms": (
+        ("test/gated-data --dataset_config_name wikitext-2-v1", STRANGER), "accept", "{hub}/datasets/test/gated-data"
+    ),
+    "gated with an invalid token": (("test/gated-data", INVALID), "refuses your token", "hf auth login"),
+    "several configurations": (
+        ("test/configs", {}), "--dataset_config_name", "'wikitext-103-raw-v1', 'wikitext-2-raw-v1', 'wikitext-2-v1'"
+    ),
+    "unknown configuration": (
+        ("test/configs --dataset_config_name wikitext-3", {}), "wikitext-3", "wikitext-103-raw-v1", "wikitext-2-raw-v1"
+    ),
+    "only a test split": (("test/only-test", {}), "test/only-test", "no train split", "only test", "--train_file"),
+    "nothing to evaluate on": (("test/no-text --do_eval", {}), "no validation split", "--validation_file"),
+    "no such column": (("test/no-text", {}), "'text'", "mean 'Text'?", "columns: Text, id", "--text_column"),
+    "column of numbers": (("test/numbers", {}), "split train", "'text' holds int64", "--text_column"),
+    "column of lists": (("test/lists", {}), "split train", "'text' holds List", "--text_column"),
+    "column of nulls": (("test/nulls", {}), "split train", "'text' holds null", "--text_column"),
+    "blank rows": (("test/blank", {}), "train", "no text", "3 rows"),
+    "broken file": (("test/broken", {}), "test/broken", "cannot be loaded", "JSON"),
+}
+
+
+@pytest.mark.parametrize(("asked", "words"), cases(DATA))
+def test_data_that_the_hub_does_not_give_is_refused_with_the_next_step(asked, words, hub, refuse):
+    """F3, F5, B2, B5: unknown, gated or unfit data sets end with status 2 and say what to do."""
+    refuse(f"--dataset_name {asked[0]}", *(word.format(hub=hub.endpoint) for word in words), env=asked[1])
+
+
+def test_a_gated_data_set_opens_with_a_good_token(hub, tiny, tmp_path):
+    """F3: the token of the environment reaches the hub."""
+    flags = ["--dataset_name", "test/gated-data", "--dataset_config_name", "wikitext-2-v1"]
+    finish(*flags, "--model_name_or_path", tiny, "--output_dir", tmp_path / "out", *SHORT, env=GOOD)
+
+
+@pytest.mark.slow
+def test_a_second_run_works_offline_from_the_cache(hub, tmp_path):
+    """F1, F3: what was downloaded once needs no network and no token any more."""
+    home = {"HF_HOME": str(tmp_path / "home")}
+    flags = ["--dataset_name", "wikitext", *SHORT]
+    first = launch(*flags, "--output_dir", tmp_path / "first", env=home | GOOD)
+    assert first.status == 0, first.err
+    hub.requests.clear()
+    second = launch(*flags, "--output_dir", tmp_path / "second", env=home | {"HF_HUB_OFFLINE": "1"})
+    assert second.status == 0, second.err
+    assert hub.requests == []
+    assert results(tmp_path / "first")["eval_loss"] == results(tmp_path / "second")["eval_loss"]
+
+
+@pytest.mark.parametrize(("flag", "way"), [
+    ("--model_name_or_path", "offline"),
+    ("--dataset_name", "offline"),
+    ("--model_name_or_path", "dead endpoint"),
+])
+@pytest.mark.slow
+def test_no_network_and_an_empty_cache_is_said_in_one_sentence(flag, way, hub, refuse, tmp_path):
+    """F1, F3: with HF_HUB_OFFLINE at once, with a dead network after the library's own tries."""
+    env = {"HF_HOME": str(tmp_path / "home")}
+    env |= {"HF_HUB_OFFLINE": "1"} if way == "offline" else {"HF_ENDPOINT": f"http://127.0.0.1:{free_port()}"}
+    flags = ALSO + "--model_name_or_path google/gemma-270m" if "model" in flag else "--dataset_name wikitext"
+
+    def last_line(*argv, env):
+        done = launch(*argv, env=env)
+        head, mark, tail = done.err.partition("main.py: error: ")
+        assert "Traceback" not in head  # the library tells of its tries before
+        done.err = mark + tail
+        return done
+
+    refuse(flags, flag, "not in the cache", "network", "local directory", env=env, runner=last_line)

@@ -13,7 +13,21 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from helpers import ACCELERATE, ROOT, ROWS, free_port, launch, missing, run, write_jsonl
+from helpers import (
+    ACCELERATE,
+    BEST,
+    GOOD,
+    ROOT,
+    ROWS,
+    free_port,
+    launch,
+    logged,
+    missing,
+    results,
+    run,
+    two_processes,
+    write_jsonl,
+)
 
 
 def place(rank, port, **other):
@@ -210,6 +224,32 @@ def test_data_may_take_longer_than_the_timeout(rank_flags):
     assert [process.returncode for process in ranks] == [0, 0], said
 
 
+# ── Under accelerate ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+C4 = "--dataset_name wikitext --output_dir ./outputs --bf16 --gradient_checkpointing"
+
+
+@pytest.mark.slow
+def test_the_accelerate_command_works(hub, tmp_path):
+    """C4: exactly as written; where there are no GPUs 2 and 3, accelerate starts one process, on the CPU."""
+    command = [ACCELERATE, "launch", "--num_processes", 2, ROOT / "main.py", *C4.split()]
+    done = launch(*command, env=GOOD | {"CUDA_VISIBLE_DEVICES": "2,3"}, cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert done.out.count("wikitext-2-raw-v1") == 1
+    assert results(tmp_path / "outputs")["perplexity"] > 1
+    assert (tmp_path / "outputs" / "model.safetensors").exists()
+
+
+@pytest.mark.slow
+def test_the_accelerate_command_trains_in_two_processes_on_the_cpu(hub, tmp_path):
+    """C4, B13: with --multi_gpu accelerate starts two processes also without GPUs; each thing is said once."""
+    done = launch(*two_processes(), *C4.split(), env=GOOD, cwd=tmp_path)
+    assert done.status == 0, done.err
+    for once in ("published as google/gemma-3-270m", "wikitext-2-raw-v1", "No GPU", "2 processes", "64 chunks", "Done"):
+        assert done.out.count(once) == 1, once
+    assert results(tmp_path / "outputs")["perplexity"] > 1
+
+
 @pytest.mark.slow
 def test_bad_data_under_a_launcher_is_said_once(rank_flags, tmp_path):
     """B13, C9: one machine, two processes, one sentence, and no half minute of waiting."""
@@ -248,3 +288,21 @@ def test_a_file_of_accelerate_config_is_followed(launched_flags, tmp_path, kind,
     done = launch(*words, *launched_flags, "--max_steps", 2, "--output_dir", tmp_path / "out")
     assert done.status == 0 and f"device   cpu, {processes}" in done.out, done
     assert done.out.count("Done: the model is in") == 1
+
+
+@pytest.mark.slow
+def test_two_processes_measure_the_best_model(evaluated_flags, tmp_path):
+    """B9, B13: with --load_best_model_at_end all ranks load it, and the metrics are those of the published model."""
+    output = tmp_path / "out"
+    argv = [*evaluated_flags, *BEST, "--logging_steps", 5, "--output_dir", output]
+    done = launch(*two_processes(), *argv)
+    assert done.status == 0 and "Could not locate" not in done.err, done.err
+    first = results(output)
+    best = next(row["eval_loss"] for row in logged(output) if "eval_loss" in row and row["step"] == 2)
+    assert first["eval_loss"] == pytest.approx(best, rel=1e-6)
+    for name in ("manifest.json", "model.safetensors"):
+        (output / name).unlink()
+    done = launch(*two_processes(), *argv)
+    assert done.status == 0, done.err
+    for name in ("eval_loss", "train_loss"):
+        assert results(output)[name] == pytest.approx(first[name], rel=1e-6)

@@ -1,43 +1,14 @@
 """The real Gemma 3 270M on real text: the quickstart in a fresh copy, and its weights against plain transformers."""
 
 import json
-import os
 import re
 import shutil
 import subprocess
-import sys
 
 import pytest
-from helpers import ROOT, SCRATCH
+from helpers import clean_environment, quickstart_in
 
 pytestmark = pytest.mark.slow
-
-
-def clean_environment():
-    """The environment of a user: none of the settings that conftest makes for tiny models."""
-    ours = ("HF_", "OMP_NUM_THREADS", "TOKENIZERS_PARALLELISM", "CUDA_VISIBLE_DEVICES", "VIRTUAL_ENV", "PYTHONPATH")
-    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
-
-
-@pytest.fixture(scope="module")
-def quickstart():
-    """A copy of the tracked files in which `bash example_run.sh quickstart` ran. Returns: (folder, what it printed)."""
-    folder = SCRATCH / "a fresh copy"
-    folder.mkdir()
-    listed = subprocess.run(["git", "ls-files", "-z", "-co", "--exclude-standard"], cwd=ROOT, check=True, stdout=-1)
-    for name in listed.stdout.decode().split("\0"):
-        if name and (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder, start(folder)
-
-
-def start(folder):
-    """Run the quickstart. Returns: its standard output."""
-    command = ["bash", "example_run.sh", "quickstart"]
-    done = subprocess.run(command, cwd=folder, env=clean_environment(), capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
 
 
 def python(folder, code, *argv):
@@ -97,7 +68,7 @@ def test_a_second_quickstart_does_nothing_again(quickstart):
     files = [folder / ".venv/quickstart-installed", folder / "quickstart/gemma-3-270m/model.safetensors",
              folder / "quickstart/model/model.safetensors", folder / "quickstart/train.jsonl"]  # fmt: skip
     before = [file.stat().st_mtime_ns for file in files]
-    again = start(folder)
+    again = quickstart_in(folder)
     assert "Installed already" in again and "This run finished" in again
     assert again.splitlines()[-8:] == first.splitlines()[-8:]
     assert [file.stat().st_mtime_ns for file in files] == before
@@ -146,25 +117,3 @@ print(json.dumps([tokenizer("hello")["input_ids"][0], tokenizer("hello")["input_
 """
     first, last, size = python(folder, code)
     assert (first, size) == (2, 262144) and last != 1
-
-
-@pytest.mark.parametrize("more", [["--bf16"], []], ids=["bf16", "float32"])
-def test_scenarios_run_on_a_local_model(tiny, texts, tmp_path, more):
-    """S4: the scenarios single, memory, custom and evaluate of example_run.sh, and the list of all."""
-    listed = subprocess.run(["bash", ROOT / "example_run.sh"], capture_output=True, text=True, cwd=tmp_path)
-    names = re.findall(r"^  (\w+)  ", listed.stdout, re.M)
-    assert listed.returncode == 0 and names == "quickstart single multi memory custom resume evaluate".split()
-    wrong = subprocess.run(["bash", ROOT / "example_run.sh", "cutsom"], capture_output=True, text=True, cwd=tmp_path)
-    assert wrong.returncode == 2 and "cutsom" in wrong.stderr
-    path = f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"
-    for name in ("single", "memory", "custom"):
-        settings = {"MODEL": tiny, "TRAIN_FILE": texts[0], "VALIDATION_FILE": texts[1], "OUTPUT_DIR": tmp_path / name}
-        command = ["bash", ROOT / "example_run.sh", name, "--max_seq_length", 64, "--max_steps", 1, *more]
-        done = subprocess.run([str(word) for word in command], cwd=tmp_path, capture_output=True, text=True,
-                              env=os.environ | {"PATH": path} | {k: str(v) for k, v in settings.items()})  # fmt: skip
-        assert done.returncode == 0, done.stderr[-2000:]
-        assert "main.py" in done.stdout and (tmp_path / name / "model.safetensors").exists()
-    settings = {"MODEL": tmp_path / "custom", "VALIDATION_FILE": texts[1], "OUTPUT_DIR": tmp_path / "evaluate"}
-    done = subprocess.run(["bash", ROOT / "example_run.sh", "evaluate", "--max_seq_length", "64"], cwd=tmp_path,
-                          env=os.environ | {"PATH": path} | {k: str(v) for k, v in settings.items()})  # fmt: skip
-    assert done.returncode == 0 and (tmp_path / "evaluate" / "eval_results.json").exists()

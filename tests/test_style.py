@@ -3,14 +3,13 @@
 import ast
 import io
 import re
-import shutil
 import subprocess
 import sys
 import tokenize
 from pathlib import Path
 
 import pytest
-from helpers import ROOT
+from helpers import NEEDED, ROOT, need
 
 SCRIPTS = sorted(path.name for path in ROOT.glob("*.sh"))
 PROGRAMS = ["main.py", *sorted(f"tools/{path.name}" for path in ROOT.glob("tools/*.py"))]
@@ -118,10 +117,28 @@ def test_the_style_checks_find_what_they_look_for():
     assert len(inside(nested, ast.ClassDef)) == len(inside(nested, ast.Import)) == 1
 
 
+def test_test_files_stand_alone():
+    """None imports from another one, and all fixtures are in conftest.py."""
+    for path in ROOT.glob("tests/test_*.py"):
+        wrong = r"^ *(?:from|import) (?:test_|conftest).*|^@pytest\.fixture.*"
+        assert re.findall(wrong, path.read_text(), re.M) == [], path
+
+
+@pytest.mark.parametrize("name", NEEDED)
+def test_a_missing_program_skips_a_test_with_the_reason_and_fails_it_under_ci(name, monkeypatch):
+    """The reason names the program and the Debian package that has it."""
+    monkeypatch.setenv("PATH", "/nowhere")
+    for value, outcome in (("", pytest.skip.Exception), ("true", pytest.fail.Exception)):
+        monkeypatch.setenv("CI", value)
+        with pytest.raises(outcome, match=f"{name} is missing: apt-get install {NEEDED[name]}"):
+            need(name)
+
+
 def tracked():
     """Names of the files in the repository, or a skip where that cannot be told."""
-    if not shutil.which("git") or subprocess.run(["git", "-C", ROOT, "rev-parse"], capture_output=True).returncode:
-        pytest.skip("no git, or no checkout")
+    need("git")
+    if subprocess.run(["git", "-C", ROOT, "rev-parse"], capture_output=True).returncode:
+        pytest.skip("no checkout")
     listed = subprocess.run(["git", "-C", ROOT, "ls-files", "-z"], capture_output=True, text=True, check=True)
     return [name for name in listed.stdout.split("\0") if name]
 

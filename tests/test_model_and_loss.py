@@ -1,0 +1,484 @@
+"""Model and tokenizer from wherever they come, and the loss: ours against PyTorch's, in float64, on whole logits."""
+
+import copy
+import json
+import shutil
+
+import pytest
+import torch
+from helpers import (
+    GOOD,
+    INVALID,
+    SHORT,
+    STRANGER,
+    cases,
+    chunks_of,
+    finish,
+    in_child,
+    logged,
+    plain_loss,
+    results,
+    short_run,
+    weights_of,
+    write_jsonl,
+)
+from torch.nn.functional import cross_entropy
+
+import main
+
+# ── From the hub and from directories ────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_short_model_name_is_an_alias_of_the_published_one(hub, train, tmp_path):
+    """F1: google/gemma-270m, the default, is fetched as google/gemma-3-270m, and one line says so."""
+    hub.requests.clear()
+    done = finish("--train_file", train, "--output_dir", tmp_path / "out", *SHORT, env=GOOD)
+    assert [line for line in done.out.splitlines() if "google/gemma-270m" in line and "google/gemma-3-270m" in line]
+    assert done.out.count("google/gemma-270m") == 1
+    asked = " ".join(path for _, path in hub.requests)
+    assert "google/gemma-3-270m/resolve" in asked and "google/gemma-270m" not in asked
+
+
+HUB_MODELS = {  # case: (name, environment), words of the sentence
+    "unknown": (("test/nowhere", {}), "test/nowhere", "no such name", "hf auth login"),
+    "unknown, with a token": (("test/nowhere", GOOD), "test/nowhere", "no such name"),
+    "gated without token": (("test/gated-model", {}), "gated", "{hub}/test/gated-model", "hf auth login"),
+    "gated without accepted terms": (("test/gated-model", STRANGER), "gated", "accept", "{hub}/test/gated-model"),
+    "gated with an invalid token": (("test/gated-model", INVALID), "refuses your token", "hf auth login"),
+    "no config": (("test/no-config", {}), "test/no-config", "config.json"),
+    "no weights": (("test/no-weights", {}), "test/no-weights", "model.safetensors"),
+    "no tokenizer": (("test/no-tokenizer", {}), "test/no-tokenizer", "tokenizer.json"),
+}
+
+
+@pytest.mark.parametrize(("asked", "words"), cases(HUB_MODELS))
+def test_a_model_that_the_hub_does_not_give_is_refused_with_the_next_step(asked, words, hub, refuse):
+    """F1: unknown, gated, refused or incomplete models end with status 2 and say what to do."""
+    words = ["--model_name_or_path", *(word.format(hub=hub.endpoint) for word in words)]
+    refuse(f"--train_file {{train}} --model_name_or_path {asked[0]}", *words, env=asked[1])
+
+
+def cut_weights(folder):
+    content = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(content[: len(content) // 2])
+
+
+def drop_weight(folder):
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.0.mlp.up_proj.weight"]
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def edit_config(folder, **values):
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+
+
+MODELS = {  # case: what is done to a good model, words of the sentence
+    "without config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
+    "without weights": (lambda folder: (folder / "model.safetensors").unlink(), "no file named model.safetensors"),
+    "without tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
+    "weights cut short": (cut_weights, "cannot be loaded", "incomplete"),
+    "weights that are text": (lambda folder: (folder / "model.safetensors").write_text("oops"), "cannot be loaded"),
+    "one weight missing": (drop_weight, "lacks", "layers.0.mlp.up_proj.weight"),
+    "config that is no JSON": (lambda folder: (folder / "config.json").write_text("{"), "config.json", "JSON"),
+    "config of another size": (lambda folder: edit_config(folder, hidden_size=32), "model.embed_tokens.weight"),
+    "unknown kind of model": (lambda folder: edit_config(folder, model_type="gemma99"), "gemma99"),
+    "tokenizer that is no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer"),
+}
+
+
+@pytest.mark.parametrize(("spoil", "words"), cases(MODELS))
+def test_bad_model_directory_is_refused_in_one_sentence_that_says_what_it_lacks(spoil, words, refuse, tiny, tmp_path):
+    """F1: a model directory that is not whole is never trained from."""
+    shutil.copytree(tiny, tmp_path / "model")
+    spoil(tmp_path / "model")
+    flags = "--train_file {train} --model_name_or_path {tmp}/model"
+    refuse(flags, "--model_name_or_path", str(tmp_path / "model"), *words)
+
+
+# ── As it is trained ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def variant(tiny, folder, edit):
+    """Copy the tiny model and edit it in a child. Returns: folder."""
+    shutil.copytree(tiny, folder)
+    in_child(edit, folder)
+    return folder
+
+
+@pytest.mark.parametrize("more", [[], ["--gradient_checkpointing"]], ids=["plain", "gradient_checkpointing"])
+def test_first_loss_equals_plain_transformers(tiny, tmp_path, texts, more):
+    """B6, B14, F16: labels are the inputs, weights are float32; the first step's loss is the plain model's."""
+    chunks = in_child(chunks_of, tiny, texts[0], 64)[:8]
+    finish(*short_run(tiny, texts, tmp_path / "out", "--max_train_samples", 8, "--max_steps", 1, "--logging_steps", 1,
+                      "--gradient_accumulation_steps", 2, *more))  # fmt: skip
+    expected = in_child(plain_loss, tiny, chunks)
+    assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_bf16_keeps_float32_weights(tiny, tmp_path, texts):
+    """B14: with --bf16 an update far below bfloat16's resolution is kept."""
+    finish(*short_run(tiny, texts, tmp_path / "out", "--max_steps", 1, "--bf16", "--warmup_steps", 0,
+                      "--learning_rate", 1e-6))  # fmt: skip
+
+    def change():
+        before, after = weights_of(tiny), weights_of(tmp_path / "out")
+        moved = [(after[name] - before[name].float()).abs().max().item() for name in after]
+        return {str(weight.dtype) for weight in after.values()}, min(moved), max(moved)
+
+    dtypes, least, most = in_child(change)
+    assert dtypes == {"torch.float32"} and 0 < least <= most < 2e-6  # bfloat16 steps are 4e-3 of a weight
+
+
+def test_pad_falls_back_to_eos_and_eos_is_still_learnt(tiny, tmp_path, texts):
+    """B7, B6: a tokenizer without a pad token gets EOS for it; with --add_eos the EOS tokens stay in the labels."""
+
+    def without_pad(folder):
+        config = json.loads((folder / "tokenizer_config.json").read_text())
+        del config["pad_token"]
+        (folder / "tokenizer_config.json").write_text(json.dumps(config))
+
+    model = variant(tiny, tmp_path / "model", without_pad)
+    short = write_jsonl(tmp_path / "short.jsonl", [f"text {number}" for number in range(80)])
+    finish("--model_name_or_path", model, "--train_file", short, "--output_dir", tmp_path / "out", "--add_eos",
+           "--max_seq_length", 64, "--max_steps", 1, "--logging_steps", 1)  # fmt: skip
+    assert json.loads((tmp_path / "out" / "tokenizer_config.json").read_text())["pad_token"] == "<eos>"
+
+    def expected():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        tokens = [t for number in range(80) for t in [*tokenizer(f"text {number}")["input_ids"], 1]]
+        chunks = [tokens[start : start + 64] for start in range(0, len(tokens) - 63, 64)]
+        return plain_loss(model, chunks), len(chunks)
+
+    loss, chunks = in_child(expected)
+    assert 2 <= chunks <= 32  # one step sees them all
+    assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(loss, rel=1e-4)
+
+
+def test_embeddings_grow_only_with_the_tokenizer(tiny, tmp_path, texts):
+    """B8: tokens added to the tokenizer get rows, head and embedding stay tied; otherwise the size stays."""
+
+    def add_tokens(folder):
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        tokenizer.add_tokens(["<one>", "<two>"])
+        tokenizer.save_pretrained(folder)
+
+    grown = variant(tiny, tmp_path / "grown", add_tokens)
+    for model, name in ((tiny, "same"), (grown, "more")):
+        finish(*short_run(model, texts, tmp_path / name, "--max_steps", 1))
+
+    def sizes(folder):
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(folder)
+        embedding, head = model.get_input_embeddings().weight, model.get_output_embeddings().weight
+        return embedding.shape[0], model.config.vocab_size, embedding.data_ptr() == head.data_ptr()
+
+    assert in_child(sizes, tmp_path / "same") == (384, 384, True)
+    assert in_child(sizes, tmp_path / "more") == (386, 386, True)
+
+
+def test_a_model_with_a_softcap_trains_with_its_own_loss(tiny, tmp_path, texts):
+    """F17, B9: as Gemma 2's; it is said, and both losses are those of plain transformers."""
+
+    def cap(folder):
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"final_logit_softcapping": 0.2}))
+
+    model = variant(tiny, tmp_path / "model", cap)
+    done = finish(*short_run(model, texts, tmp_path / "out", "--max_train_samples", 8, "--max_steps", 1,
+                             "--gradient_accumulation_steps", 2))  # fmt: skip
+    assert "its own loss is used, which holds all logits" in done.out
+    losses = [in_child(plain_loss, place, chunks) for place, chunks in (
+        (model, in_child(chunks_of, model, texts[0], 64)[:8]),
+        (tiny, in_child(chunks_of, model, texts[0], 64)[:8]),
+        (tmp_path / "out", in_child(chunks_of, model, texts[1], 64)))]  # fmt: skip
+    assert logged(tmp_path / "out")[0]["loss"] == pytest.approx(losses[0], rel=1e-4)
+    assert abs(losses[1] / losses[0] - 1) > 1e-3  # without the softcap it would be another number
+    assert results(tmp_path / "out", "eval")["eval_loss"] == pytest.approx(losses[2], rel=1e-4)
+
+
+# ── The chunked loss ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+WIDTH, WORDS = 16, 97
+
+
+def inputs(tokens, dtype=torch.float32, ignored=()):
+    torch.manual_seed(tokens)
+    labels = torch.randint(WORDS, (tokens,))
+    labels[list(ignored)] = -100
+    return torch.randn(tokens, WIDTH, dtype=dtype), torch.randn(WORDS, WIDTH, dtype=dtype), labels
+
+
+def chunked(hidden, weight, labels, scale=1):
+    """Losses of all tokens and both gradients of their sum, times scale, by the chunked loss."""
+    hidden, weight = (tensor.clone().requires_grad_() for tensor in (hidden, weight))
+    total, losses = main.ChunkedLoss.apply(hidden, weight, labels, True)
+    assert torch.equal(total, losses.sum()) and not losses.requires_grad
+    (total * scale).backward()
+    return losses, hidden.grad, weight.grad
+
+
+def exact(hidden, weight, labels):
+    """The same with nothing but a matrix product and PyTorch's cross entropy: plain, whole, float64."""
+    hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
+    losses = cross_entropy(hidden @ weight.T, labels, reduction="none")
+    losses.sum().backward()
+    return losses.detach(), hidden.grad, weight.grad
+
+
+def near(ours, theirs, error):
+    """Within `error` of the largest value."""
+    for mine, yours in zip(ours, theirs, strict=True):
+        assert (mine.double() - yours).abs().max() <= error * yours.abs().max().clamp(min=1e-9)
+
+
+@pytest.mark.parametrize("tokens", [1, 2, 6, 7, 8, 14, 31])
+def test_losses_and_gradients_in_float32(small_chunks, tokens):
+    """One row, odd sizes, a chunk larger than the input."""
+    given = inputs(tokens)
+    near(chunked(*given), exact(*given), 2e-6)
+
+
+def test_gradients_are_scaled_by_what_comes_from_above(small_chunks):
+    """The mean over accumulated batches, or a scaler's factor: the sum's gradients times a number."""
+    given = inputs(20)
+    losses, *gradients = exact(*given)
+    near(chunked(*given, scale=0.125), (losses, *(0.125 * gradient for gradient in gradients)), 2e-6)
+
+
+@pytest.mark.parametrize("ignored", [[0], [3, 9], range(7), range(20)])
+def test_ignored_labels_cost_and_teach_nothing(small_chunks, ignored):
+    """Some, a whole chunk, all."""
+    hidden, weight, labels = inputs(20, ignored=ignored)
+    losses, to_hidden, to_weight = chunked(hidden, weight, labels)
+    near((losses, to_hidden, to_weight), exact(hidden, weight, labels), 2e-6)
+    assert not losses[list(ignored)].any() and not to_hidden[list(ignored)].any()
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_autocast_errs_no_more_than_its_dtype(small_chunks, dtype, error):
+    """The weights stay float32, the products are made in 16 bits; sums and softmax in float32."""
+    given = inputs(40)
+    with torch.autocast("cpu", dtype=dtype):
+        ours = chunked(*given)
+    assert ours[0].dtype == ours[2].dtype == torch.float32
+    near(ours, exact(*given), error)
+
+
+def test_a_head_in_float32_learns_in_float32_from_states_in_16_bits(small_chunks):
+    """As behind a last norm in 16 bits: the sum over all chunks is not rounded on its way to the weight."""
+    hidden, weight, labels = inputs(40)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        to_weight = chunked(hidden.bfloat16(), weight, labels)[2]
+    assert to_weight.dtype == torch.float32 and not torch.equal(to_weight, to_weight.bfloat16().float())
+
+
+def test_a_nearly_certain_token_keeps_its_gradient(small_chunks):
+    """p - 1 is made from log p: in bfloat16, 1 - 0.999 would be 0."""
+    hidden, weight = torch.eye(WIDTH)[:1] * 4, torch.zeros(WORDS, WIDTH)
+    weight[5, 0] = 3.0
+    given = hidden, weight, torch.tensor([5])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = chunked(*given)
+    near(ours, exact(*given), 1e-2)
+
+
+def test_a_gradient_too_small_for_float16_is_kept(small_chunks):
+    """Under float16 autocast, before GradScaler has scaled it: 96 words of probability 1.5e-8 each are unlearnt."""
+    hidden, weight = torch.eye(WIDTH)[:1] * 4, torch.zeros(WORDS, WIDTH)
+    weight[5, 0] = 4.5
+    given = hidden, weight, torch.tensor([5])
+    with torch.autocast("cpu", dtype=torch.float16):
+        ours = chunked(*given)
+    near([ours[2][6:]], [exact(*given)[2][6:]], 1e-2)
+
+
+def test_a_bfloat16_model_is_summed_in_float32(small_chunks):
+    """No autocast, weights in bfloat16: 3,000 tokens whose plain bfloat16 sum would be off by percents."""
+    given = inputs(3000, torch.bfloat16)
+    near(chunked(*given), exact(*given), 2e-2)
+    assert abs(main.ChunkedLoss.apply(*given, False)[0] / exact(*given)[0].sum() - 1) < 1e-3
+
+
+def batches(words):
+    """Two batches of ids with padding (id 0) among them, and their labels, some and a whole row of them ignored."""
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        ids = torch.randint(words, (3, 24))
+        ids[1, 3:9] = 0
+        labels = ids.clone()
+        labels[0, :5], labels[2] = -100, -100
+        yield ids, labels
+
+
+def learn_alike(plain, model, items=None):
+    """Accumulate two batches in both; losses and all gradients agree, also those of the tied embedding."""
+    for one in (plain, model):
+        one.train()
+    for ids, labels in batches(model.config.vocab_size):
+        losses = [one(input_ids=ids, labels=labels, num_items_in_batch=items)["loss"] for one in (plain, model)]
+        assert torch.isclose(*losses, rtol=1e-5)
+        for loss in losses:
+            loss.backward()
+    theirs = dict(plain.named_parameters())
+    assert plain.get_input_embeddings().weight.grad.any()
+    near([weight.grad for weight in model.parameters()],
+         [theirs[name].grad.double() for name, _ in model.named_parameters()], 1e-4)  # fmt: skip
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["beside others", "alone"])
+@pytest.mark.parametrize("items", [None, 100])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_model_learns_as_with_its_own_loss(tiny_model, alone, items, checkpointing, monkeypatch):
+    """The tied embedding, every other weight, num_items_in_batch, two accumulated batches, gradient checkpointing."""
+    monkeypatch.setitem(main.LOGITS_BYTES, "cpu", 13 * 4 * tiny_model.config.vocab_size)
+    plain = copy.deepcopy(tiny_model)
+    assert main.use_chunked_loss(tiny_model, alone)
+    for one in (plain, tiny_model):
+        if checkpointing:
+            one.activation_checkpointing_enable()
+    learn_alike(plain, tiny_model, items)
+
+
+def test_padding_is_learnt_by_the_head_and_not_by_the_table(tiny_model):
+    """As in plain transformers, where the table has no gradient for row 0: only the head has one there."""
+    ids = torch.tensor([[5, 6, 0, 0, 7, 8]])
+    labels = torch.tensor([[5, 6, -100, -100, -100, 8]])
+    gradients = []
+    for alone in (None, False, True):  # None: its own loss
+        one = copy.deepcopy(tiny_model)
+        if alone is not None:
+            main.use_chunked_loss(one, alone)
+        one(input_ids=ids, labels=labels)["loss"].backward()
+        gradients.append(one.get_input_embeddings().weight.grad[:9].double())
+    near(gradients[1:], gradients[:1] * 2, 1e-5)
+    assert gradients[0][5].abs().max() > 10 * gradients[0][0].abs().max()  # the head's part is the smaller one
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["beside others", "alone"])
+def test_alone_the_tied_table_has_no_dense_gradient_of_its_own(tiny_model, alone):
+    """(V, H) zeros with some rows, to be added to the head's gradient: 0.67 GB and a second for Gemma 3 270M."""
+    main.use_chunked_loss(tiny_model, alone)
+    ids, labels = next(batches(tiny_model.config.vocab_size))
+    loss = tiny_model(input_ids=ids, labels=labels)["loss"]
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as record:
+        loss.backward()
+    assert ("aten::embedding_dense_backward" in {event.key for event in record.key_averages()}) is not alone
+
+
+def test_alone_other_models_learn_as_well():
+    """A Gemma 3 whose head is a weight of its own, a tied GPT-2, a tied Llama with padding."""
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig, GPT2Config, LlamaConfig
+
+    small = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2,
+                 pad_token_id=0)  # fmt: skip
+    gemma = dict(num_key_value_heads=1, head_dim=8, layer_types=["full_attention"], tie_word_embeddings=False)
+    for config in (
+        Gemma3TextConfig(**small, **gemma),
+        GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2, resid_pdrop=0, embd_pdrop=0, attn_pdrop=0),
+        LlamaConfig(**small, tie_word_embeddings=True),
+    ):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        plain = copy.deepcopy(model)
+        assert main.use_chunked_loss(model, alone=True)
+        learn_alike(plain, model)
+
+
+def test_evaluation_keeps_no_logits_and_no_gradients(tiny_model):
+    """The losses of all tokens, and nothing to go backward through; logits still come without labels."""
+    ids = torch.arange(40).view(2, 20)
+    logits = tiny_model(input_ids=ids).logits
+    main.use_chunked_loss(tiny_model)
+    with torch.no_grad():
+        result = tiny_model(input_ids=ids, labels=ids)
+        assert torch.equal(tiny_model(input_ids=ids).logits, logits)
+    assert set(result) == {"loss", "token_losses"} and not result["loss"].requires_grad
+    wanted = cross_entropy(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    assert torch.allclose(result["token_losses"].flatten(), wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("alone", [False, True], ids=["beside others", "alone"])
+def test_a_batch_without_labels_teaches_nothing(tiny_model, alone):
+    """Its loss is 0, where the plain mean would be 0/0, which is no number."""
+    main.use_chunked_loss(tiny_model, alone)
+    ids = torch.arange(20)[None]
+    loss = tiny_model(input_ids=ids, labels=torch.full_like(ids, -100))["loss"]
+    loss.backward()
+    assert loss == 0 and not any(weight.grad.any() for weight in tiny_model.parameters())
+
+
+def test_other_models_keep_their_own_loss():
+    """GPT-2 has a plain head; Granite scales its logits; a head with a bias is none of ours."""
+    from transformers import AutoModelForCausalLM, GPT2Config, GraniteConfig, PhiConfig
+
+    small = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    gpt2 = AutoModelForCausalLM.from_config(GPT2Config(vocab_size=50, n_embd=16, n_layer=1, n_head=2)).eval()
+    assert main.use_chunked_loss(gpt2)
+    for config in (GraniteConfig(**small, logits_scaling=0.01), PhiConfig(**small)):
+        other = AutoModelForCausalLM.from_config(config).eval()
+        own = other.forward
+        assert not main.use_chunked_loss(other) and other.forward == own
+
+
+@pytest.mark.parametrize("cap", [2.0, 30.0])
+def test_a_model_with_a_softcap_keeps_its_own_loss(tiny_model, cap):
+    """Gemma 2 has 30, which the small logits of eight tokens here do not show: the configuration decides."""
+    tiny_model.config.final_logit_softcapping = cap
+    own = tiny_model.forward
+    assert not main.use_chunked_loss(tiny_model) and tiny_model.forward == own
+
+
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+@pytest.mark.parametrize("shape", [(2, 5), (2, 5, 4), (1,)])
+def test_a_lean_norm_is_the_models_own(dtype, error, shape):
+    """The same values to the last bit, the gradients of float64, and nothing kept but the input and a number a row."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    torch.manual_seed(0)
+    norm = Gemma3RMSNorm(64)
+    torch.nn.init.normal_(norm.weight, std=0.3)
+    lean = copy.deepcopy(norm)
+    x, slope = torch.randn(*shape, 64, dtype=dtype), torch.randn(*shape, 64, dtype=dtype)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.append(tensor) or tensor, lambda tensor: tensor):
+        mine = main.LeanNorm.apply(one := x.clone().requires_grad_(), lean.weight, lean.eps)
+    assert torch.equal(mine, norm(x)) and sum(t.numel() for t in kept) == x.numel() + 64 + x.numel() // 64
+    mine.backward(slope)
+    wide = copy.deepcopy(norm).double()
+    two = x.double().requires_grad_()
+    scale = torch.rsqrt(two.square().mean(-1, keepdim=True) + norm.eps)
+    (two * scale * (1 + wide.weight)).backward(slope.double())
+    near([one.grad, lean.weight.grad], [two.grad, wide.weight.grad], error)
+
+
+def norms_of_a_trainer(folder, place):
+    """Let main.py put models and Trainer together. Returns: same logits, parts of each model with a new forward."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainingArguments
+
+    small = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    llama = AutoModelForCausalLM.from_config(LlamaConfig(**small))
+    gemma, kept = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    ids = torch.arange(40).view(2, 20)
+    before = gemma(input_ids=ids).logits
+    chunks, counts = Dataset.from_dict({"input_ids": [[2, 3, 4, 5]]}), []
+    for model, flags in ((gemma, {}), (llama, {}), (kept, {"torch_compile": True})):
+        args = TrainingArguments(str(place), use_cpu=True, report_to=[], **flags)
+        main.make_trainer(model, AutoTokenizer.from_pretrained(folder), args, chunks, None, None, main.Resume())
+        counts.append(sum("forward" in vars(part) for part in model.modules()))
+    return torch.equal(gemma(input_ids=ids).logits, before), counts
+
+
+def test_all_norms_of_the_model_are_lean_and_other_models_keep_theirs(tiny, tmp_path):
+    """Six a layer, the last one, and the model itself for its loss; the compiler has lean norms of its own."""
+    assert in_child(norms_of_a_trainer, tiny, tmp_path) == (True, [6 * 2 + 1 + 1, 1, 1])
