@@ -168,38 +168,57 @@ def squeeze(paragraph):
 
 
 def report(directory):
-    """Print perplexity and a sample before and after, read from what main.py left in base/ and model/."""
-    before, after = (
-        json.loads((directory / name / "all_results.json").read_text(encoding="utf-8"))["perplexity"]
-        for name in ("base", "model")
-    )
-    said = samples(directory)
+    """Print perplexity and a sample, before and after."""
+    said = judged(directory)
+    before, after = (said[when]["perplexity"] for when in ("before", "after"))
 
-    print(f"      Perplexity on held-out chapters   {before:.1f} -> {after:.1f}   ({1 - after / before:.0%} lower)")
+    print(f"      Perplexity of the held-out chapters, each read whole   {before:.1f} -> {after:.1f}", end="   ")
+    print(f"({1 - after / before:.0%} lower)")
+    print("      (The evaluations above are of chunks, of which most begin inside a chapter, without Gemma's <bos>:")
+    print("      to begin so is most of what their perplexity has learnt.)")
     print(f'\n      Asked to go on from "{PROMPT}", a chapter it has never seen, the model wrote')
     for when in ("before", "after"):
         indent = " " * 15
-        print(textwrap.fill(said[when], 100, initial_indent=f"      {when:9}", subsequent_indent=indent))
+        print(textwrap.fill(said[when]["text"], 100, initial_indent=f"      {when:9}", subsequent_indent=indent))
     print(f"\n      Model         {directory / 'model'}")
     print(f"      Loss curves   .venv/bin/tensorboard --logdir {directory / 'model' / 'runs'}")
     print("      Your own text bash example_run.sh custom")
 
 
-def samples(directory):
-    """Return {"before": text, "after": text}: how each model goes on from PROMPT, always taking the likeliest word."""
-    kept, trained = directory / "samples.json", directory / "model" / "model.safetensors"
+def judged(directory):
+    """Return {"before": {"text", "perplexity"}, "after": …}: what each model writes, and how well it reads.
+
+    text goes on from PROMPT, always with the likeliest word. perplexity is exp(mean loss of all tokens) over the
+    held-out chapters, each whole and behind its own <bos>, as plain transformers computes it.
+    """
+    kept, trained = directory / "judged.json", directory / "model" / "model.safetensors"
     if kept.exists() and kept.stat().st_mtime >= trained.stat().st_mtime:
         return json.loads(kept.read_text(encoding="utf-8"))
+    import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    rows = (directory / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    chapters = [json.loads(row)["text"] for row in rows]
     said = {}
     for when, name in (("before", "gemma-3-270m"), ("after", "model")):
         tokenizer = AutoTokenizer.from_pretrained(directory / name)
-        model = AutoModelForCausalLM.from_pretrained(directory / name)
+        model = AutoModelForCausalLM.from_pretrained(directory / name, dtype=torch.float32)
         tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=40, do_sample=False)
-        said[when] = squeeze(tokenizer.decode(tokens[0], skip_special_tokens=True))
+        losses = torch.cat([token_losses(model, tokenizer(chapter)["input_ids"]) for chapter in chapters])
+        said[when] = {"text": squeeze(tokenizer.decode(tokens[0], skip_special_tokens=True)),
+                      "perplexity": losses.mean().exp().item()}  # fmt: skip
     replace_with(kept, json.dumps(said, indent=1))
     return said
+
+
+def token_losses(model, ids):
+    """Return the loss of each token of a text (list of T ids) but the first, shape (T - 1,): -log p(token)."""
+    import torch
+
+    with torch.no_grad():
+        hidden = model.model(torch.tensor([ids])).last_hidden_state[0, :-1]
+        parts = zip(hidden.split(256), torch.tensor(ids[1:]).split(256), strict=True)  # 256 rows of logits: 0.27 GB
+        return torch.cat([torch.nn.functional.cross_entropy(model.lm_head(h), y, reduction="none") for h, y in parts])
 
 
 def main():
