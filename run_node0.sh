@@ -1,3 +1,9 @@
 #!/usr/bin/env bash
-# The main node of a training on two machines: bash run_node0.sh [main.py flags]. Settings: see multinode_train.sh.
-exec bash "$(dirname -- "${BASH_SOURCE[0]}")/multinode_train.sh" 0 "$@"  # machine rank 0: the others connect to it
+# The main machine of a training on two: bash run_node0.sh [main.py flags]. What stands in the environment goes before
+# the settings below; all other settings are in multinode_train.sh.
+
+export MAIN_NODE_IP=${MAIN_NODE_IP:-192.168.1.100}  # address of this machine, the same on both
+export GPUS=${GPUS:-2,3}  # of this machine; leaves GPUs 0 and 1 to others
+export TOTAL_GPUS=${TOTAL_GPUS:-4}  # of both machines together, the same on both
+
+exec bash "$(dirname -- "${BASH_SOURCE[0]}")/multinode_train.sh" 0 "$@"  # rank 0: the other machine connects to it

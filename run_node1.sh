@@ -1,3 +1,9 @@
 #!/usr/bin/env bash
-# The other node of a training on two machines: bash run_node1.sh [the flags of node 0]. Settings: multinode_train.sh.
-exec bash "$(dirname -- "${BASH_SOURCE[0]}")/multinode_train.sh" 1 "$@"  # machine rank 1: connects to MAIN_NODE_IP
+# The other machine of a training on two: bash run_node1.sh [the flags of node 0]. What stands in the environment goes
+# before the settings below; all other settings are in multinode_train.sh.
+
+export MAIN_NODE_IP=${MAIN_NODE_IP:-192.168.1.100}  # address of the machine with run_node0.sh, the same on both
+export GPUS=${GPUS:-2,3}  # of this machine; leaves GPUs 0 and 1 to others
+export TOTAL_GPUS=${TOTAL_GPUS:-4}  # of both machines together, the same on both
+
+exec bash "$(dirname -- "${BASH_SOURCE[0]}")/multinode_train.sh" 1 "$@"  # rank 1: connects to MAIN_NODE_IP

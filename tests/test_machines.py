@@ -4,13 +4,16 @@ The nodes run run_node0.sh and run_node1.sh as they are. What happened to them, 
 ended, is printed as a table at the end of the tests.
 """
 
+import fcntl
 import functools
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -304,19 +307,43 @@ def test_the_commands_for_two_machines_work(command, hub, tmp_path):
 # ── On this machine ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def node(rank, flags, **settings):
-    """Start run_node0.sh or run_node1.sh."""
+def on_terminal(terminal):
+    """Arguments for Popen: a session of its own, with a terminal if one is given."""
+    take = None if terminal is None else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+    return {"stdin": terminal, "start_new_session": True, "preexec_fn": take}
+
+
+@pytest.fixture
+def keyboard():
+    """A terminal as its user has it, where Ctrl-C can be typed, and as a program has it."""
+    ends = pty.openpty()
+    yield ends
+    for end in ends:
+        os.close(end)
+
+
+def gone(pids, seconds):
+    """Wait until processes have ended. Returns: those that have not."""
+    until = time.time() + seconds
+    while (alive := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.time() < until:
+        time.sleep(0.1)
+    return alive
+
+
+def node(rank, flags, terminal=None, **settings):
+    """Start run_node0.sh or run_node1.sh, on a terminal if one is given."""
     command = ["bash", ROOT / f"run_node{rank}.sh", *map(str, flags)]
     env = os.environ | {"PATH": PATH, "MAIN_NODE_IP": "127.0.0.1"} | {name: str(settings[name]) for name in settings}
-    return subprocess.Popen(command, env=env, stdout=-1, stderr=-1, text=True, start_new_session=True)
+    how = {"stdout": -1, "stderr": -1, "text": True} | on_terminal(terminal)
+    return subprocess.Popen(command, env=env, **how)
 
 
 @pytest.mark.slow
 def test_two_nodes_train_together_stop_together_and_go_on(launched_flags, tmp_path):
     """S5 to S7, C5, N1 to N3, N5, B10: SIGTERM to either script saves on both; the same commands end the same."""
 
-    def both(output):
-        settings = {"MAIN_PORT": free_port(), "TOTAL_GPUS": 2, "OUTPUT_DIR": output}
+    def both(output, retries=0):
+        settings = {"MAIN_PORT": free_port(), "TOTAL_GPUS": 2, "OUTPUT_DIR": output, "MAX_RETRIES": retries}
         return [node(rank, launched_flags, **settings) for rank in (0, 1)]
 
     whole = both(tmp_path / "whole")
@@ -325,7 +352,7 @@ def test_two_nodes_train_together_stop_together_and_go_on(launched_flags, tmp_pa
     assert "2 processes" in said[0][0] and "2 processes" not in said[1][0]
     for rank in (0, 1):
         output = tmp_path / f"stopped{rank}"
-        nodes = both(output)
+        nodes = both(output, retries=2 * rank)
         wait_for(output / "checkpoint-4", nodes[rank])
         nodes[rank].send_signal(signal.SIGTERM)
         said = [process.communicate() for process in nodes]
@@ -338,6 +365,36 @@ def test_two_nodes_train_together_stop_together_and_go_on(launched_flags, tmp_pa
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("retries", [0, 2])
+def test_ctrl_c_saves_on_both_and_kill_9_leaves_nothing(launched_flags, tmp_path, keyboard, retries):
+    """B10: Ctrl-C in the terminal of a script stops once, on both machines, and kill -9 of the script ends the rest."""
+    output = tmp_path / "out"
+
+    def both(terminal=None):
+        settings = {"MAIN_PORT": free_port(), "TOTAL_GPUS": 2, "OUTPUT_DIR": output, "MAX_RETRIES": retries}
+        return node(0, launched_flags, terminal, **settings), node(1, launched_flags, **settings)
+
+    nodes = both(keyboard[1])
+    wait_for(output / "checkpoint-4", nodes[0])
+    os.write(keyboard[0], b"\x03")
+    said = [process.communicate() for process in nodes]
+    assert [process.returncode for process in nodes] == [130, 130], said
+    errors = said[0][1] + said[1][1]
+    assert errors.count("Stopping: a checkpoint is saved") <= 2 and "joining in again" not in errors, said
+    saved = re.search(r"stopped by SIGINT at step (\d+)", errors)
+    assert steps(output)[-1] == int(saved[1]) < 60, said
+
+    nodes = both()
+    wait_for(output / f"checkpoint-{int(saved[1]) // 2 * 2 + 4}", nodes[0])
+    below = [pid for process in nodes for pid in tree(process.pid)]
+    assert len(below) == (6 if retries else 4), below
+    nodes[0].kill()
+    said = [process.communicate() for process in nodes]
+    assert nodes[0].returncode == -9 and nodes[1].returncode > 0 and "Going on from" in said[0][0], said
+    assert not gone(below, 30)
+
+
+@pytest.mark.slow
 def test_a_single_process_takes_the_place_of_its_script(launched_flags, tmp_path):
     """N5, B10: no launcher and no shell in between: SIGTERM ends it with 143."""
     output = tmp_path / "out"
@@ -347,14 +404,179 @@ def test_a_single_process_takes_the_place_of_its_script(launched_flags, tmp_path
     assert "stopped by SIGTERM at step" in process.communicate()[1] and process.returncode == 143
 
 
-def test_wrong_settings_and_the_guide_are_said():
-    """N1, N4: ranks and totals that do not fit end with status 2; no argument prints the guide."""
-    guide = launch("bash", ROOT / "multinode_train.sh", env={"TOTAL_GPUS": "8"})
-    assert guide.status == 0 and "TOTAL_GPUS=8" in guide.out and "3 machines × 2 GPUs" in guide.out
-    for words, env in ((["multinode_train.sh", "x"], {}), (["multinode_train.sh", "2"], {}),
-                       (["run_node1.sh"], {"TOTAL_GPUS": "3"})):  # fmt: skip
-        done = launch("bash", ROOT / words[0], *words[1:], env=env)
-        assert done.status == 2 and done.err.startswith("multinode_train.sh: ") and done.out == ""
+def settings_of(script):
+    """{name: default} of the settings of a script that are also environment variables."""
+    return dict(re.findall(r"\b(\w+)=\$\{\1:-(.*?)\}", (ROOT / script).read_text()))
+
+
+def test_the_scripts_and_the_readme_have_the_same_settings(tmp_path):
+    """N1: three at the top of both scripts, which everything else takes from there, also when they are edited."""
+    settings = settings_of("run_node0.sh")
+    assert list(settings) == ["MAIN_NODE_IP", "GPUS", "TOTAL_GPUS"] and settings == settings_of("run_node1.sh")
+    assert not settings.keys() & settings_of("multinode_train.sh").keys(), "a second default"
+    clean, known = dict.fromkeys(settings, ""), settings | settings_of("multinode_train.sh")
+    guide = launch("bash", ROOT / "multinode_train.sh", env=clean).out
+    assert all(f"{name}={value}" in guide for name, value in known.items())
+    checked = settings_of("verify_setup.sh")
+    assert all(known[name] == value for name, value in checked.items() if name not in ("OUTPUT_DIR", "MODEL"))
+    assert checked.keys() >= settings.keys()
+    assert f"OUTPUT={known['OUTPUT_DIR']} " in (ROOT / "verify_setup.sh").read_text()
+    pages = "".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
+    assert all(name in pages for name in settings)
+    assert set(re.findall(r"MAIN_NODE_IP=(192[.0-9]+)|main_process_ip (192[.0-9]+)", pages)) <= {
+        (settings["MAIN_NODE_IP"], ""), ("", settings["MAIN_NODE_IP"])}  # fmt: skip
+    for name in ("multinode_train.sh", "run_node0.sh", "run_node1.sh"):
+        shutil.copy(ROOT / name, tmp_path)
+    for rank in (0, 1):
+        script = tmp_path / f"run_node{rank}.sh"
+        script.write_text(script.read_text().replace("MAIN_NODE_IP:-", f"MAIN_NODE_IP:-{rank}"))
+    (tmp_path / "tools").mkdir()
+    (tmp_path / "tools/launch.py").write_text("import os; print(os.environ['MAIN_NODE_IP'])")
+    for words, rank in ("run_node0.sh", 0), ("run_node1.sh", 1), *((f"multinode_train.sh {n}", n) for n in range(3)):
+        command = ["bash", *f"{tmp_path}/{words}".split()]
+        assert launch(*command, env=clean).out == f"{min(rank, 1)}{settings['MAIN_NODE_IP']}\n"
+        assert launch(*command, env={"MAIN_NODE_IP": "x"}).out == "x\n"
+
+
+def test_the_guide_is_printed_without_arguments():
+    """N1, N4: with the settings as they are now."""
+    guide = launch("bash", ROOT / "multinode_train.sh", env={"TOTAL_GPUS": "8", "MAX_RETRIES": "5"})
+    assert guide.status == 0 and "3 machines × 2 GPUs" in guide.out and guide.err == ""
+    assert "TOTAL_GPUS=8" in guide.out and "MAX_RETRIES=5" in guide.out and "--num_processes 8" in guide.out
+
+
+NVIDIA_SMI = """#!/bin/sh
+echo 'GPU 0: NVIDIA H100 (UUID: GPU-8d7d-1)
+  MIG 1g.10gb Device 0: (UUID: MIG-5f5f-2)
+GPU 1: NVIDIA H100 (UUID: GPU-9e7d-3)'
+"""
+WRONG = {  # rank, settings, words of the sentence; two GPUs are here
+    "no rank": ("--bf16", {}, "the rank of this machine is a whole number such as 0, not '--bf16'"),
+    "a rank too many": (2, {}, "rank 2 needs NUM_MACHINES=3 or more, on every machine"),
+    "no machines": (0, {"NUM_MACHINES": 0}, "rank 0 needs NUM_MACHINES=1 or more"),
+    "no number": (0, {"MAIN_PORT": "-1"}, "MAIN_PORT is a whole number such as 29500, not '-1'"),
+    "uneven": (1, {"TOTAL_GPUS": 3}, "TOTAL_GPUS=3 cannot be shared evenly by NUM_MACHINES=2"),
+    "no processes": (0, {"TOTAL_GPUS": 0}, "TOTAL_GPUS=0 cannot be shared evenly"),
+    "a list with spaces": (0, {"GPUS": "0, 1"}, "GPUS is a list such as 2,3, not '0, 1'"),
+    "a GPU that is missing": (0, {"GPUS": "1,2"}, "GPUS=1,2: no GPU 2 among the 2 here"),
+    "a name that is missing": (0, {"GPUS": "0,GPU-7"}, "no GPU GPU-7 among the 2 here"),
+    "fewer GPUs than processes": (0, {"GPUS": "1"}, "TOTAL_GPUS=4 over NUM_MACHINES=2 are 2 here: GPUS=1 lists fewer"),
+    "one GPU twice": (0, {"GPUS": "1,1"}, "GPUS=1,1 lists fewer"),
+    "no output": (0, {"OUTPUT_DIR": "/proc/no"}, "OUTPUT_DIR=/proc/no cannot be written: mount the shared storage"),
+    "nothing": (0, {}, "given up after NODE_WAIT=0 s: rank 1 has not come to 127.0.0.1:"),
+    "nothing, by names": (0, {"GPUS": "GPU-8d,MIG-5f5f-2"}, "given up after NODE_WAIT=0 s: rank 1 has not come"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_wrong_settings_are_said_at_once(case, tmp_path):
+    """N1, N2: in one sentence with status 2, before torch is loaded; MAX_RETRIES does not try again."""
+    rank, settings, words = WRONG[case]
+    (tmp_path / "nvidia-smi").write_text(NVIDIA_SMI)
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{PATH}", "MAIN_NODE_IP": "127.0.0.1", "MAIN_PORT": free_port(), "GPUS": "0,1",
+           "OUTPUT_DIR": tmp_path, "NODE_WAIT": 0, "MAX_RETRIES": 3} | settings  # fmt: skip
+    began = time.time()
+    done = launch("bash", ROOT / "multinode_train.sh", rank, env={name: str(value) for name, value in env.items()})
+    assert done.status == 2 and done.out == "" and time.time() - began < 2
+    assert done.err.startswith(f"launch.py: {words}") or words in done.err, done.err
+    assert done.err.count("\n") == 1, done.err
+
+
+TRY = f"""
+import os, signal, sys, time
+sys.path.insert(0, {str(ROOT)!r})
+from tools import launch
+launch.MAX_RETRIES = 2
+launch.keep_trying()
+came = []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda number, frame: came.append(number))
+print("try", os.getpid(), flush=True)
+"""
+WAIT = """
+while not came:
+    time.sleep(0.01)
+time.sleep(0.5)
+print(*map(int, came))
+sys.exit(128 + came[0])
+"""
+
+
+def attempt(what, wait=True, **how):
+    """Start a program that does something in each of its three tries, once the first one has begun."""
+    process = subprocess.Popen([sys.executable, "-c", TRY + what], stdout=-1, stderr=-1, text=True, **how)
+    return process, process.stdout.readline().split()[1]
+
+
+@pytest.mark.parametrize("what, status, tries", [("sys.exit(1)", 1, 3), ("os.kill(os.getpid(), 9)", 137, 3),
+                                                 ("pass", 0, 1), ("sys.exit(2)", 2, 1), ("sys.exit(130)", 130, 1),
+                                                 ("sys.exit(143)", 143, 1)])  # fmt: skip
+def test_a_loss_is_tried_again_and_an_end_is_not(what, status, tries):
+    """B10: MAX_RETRIES=2; success, a wrong call and a stop on another machine are the end."""
+    process, _ = attempt(what)
+    out, err = process.communicate()
+    assert process.returncode == status and out.count("try") == tries - 1, (out, err)
+    assert err == "".join(f"launch.py: status {status}; joining in again, {number} of MAX_RETRIES=2\n"
+                          for number in range(1, tries))  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_is_passed_on_once_and_ends_the_tries(number):
+    """B10: the launcher hears the signal that came; its status is that of the script."""
+    process, _ = attempt(WAIT)
+    process.send_signal(number)
+    assert process.communicate() == (f"{int(number)}\n", "") and process.returncode == 128 + number
+
+
+def test_every_signal_is_passed_on():
+    """B10: a second Ctrl-C insists, as it does without MAX_RETRIES."""
+    process, _ = attempt(WAIT)
+    for _ in range(2):
+        process.send_signal(signal.SIGINT)
+        time.sleep(0.2)
+    assert process.communicate()[0] == "2 2\n" and process.returncode == 130
+
+
+@pytest.mark.parametrize("delay", [0, 0.0003, 0.001, 0.003, 0.01])
+def test_a_signal_between_two_tries_is_not_lost(tmp_path, delay):
+    """B10: it comes from a process that outlives the first try; the second one ends, and there is no third."""
+    again = WAIT.replace("\n", "\n    ")
+    what = (f"first = os.getppid()\ntry:\n    os.mkdir({str(tmp_path / 'tried')!r})\nexcept FileExistsError:{again}\n"
+            f"if os.fork():\n    os._exit(1)\ntime.sleep({delay})\nos.kill(first, 15)\nos._exit(0)\n")  # fmt: skip
+    process, _ = attempt(what)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode in (1, 143) and err.count("joining in again") == (process.returncode == 143), err
+
+
+def test_ctrl_c_in_a_terminal_reaches_the_launcher_once(keyboard):
+    """B10: a terminal sends it to all processes of the script; the launcher is not among them."""
+    process, _ = attempt(WAIT, **on_terminal(keyboard[1]))
+    os.write(keyboard[0], b"\x03")
+    assert process.communicate() == ("2\n", "") and process.returncode == 130
+
+
+def test_nothing_is_left_after_kill_9_of_the_first_process():
+    """B10: Linux sends its launcher a SIGTERM."""
+    process, launched = attempt(WAIT)
+    process.kill()
+    assert process.communicate() == ("15\n", "") and process.returncode == -9
+    assert not gone([int(launched)], 5)
+
+
+@pytest.mark.parametrize("retries", [0, 3])
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
+def test_a_signal_while_the_others_are_waited_for_ends_the_script(tmp_path, retries, number, status):
+    """B10: at once, also between two tries; nothing is left."""
+    settings = {"MAIN_PORT": free_port(), "TOTAL_GPUS": 2, "OUTPUT_DIR": tmp_path, "MAX_RETRIES": retries}
+    process = node(0, [], **settings)
+    while " waiting: rank 1 has not come" not in process.stderr.readline():
+        assert process.poll() is None
+    below = [*tree(process.pid)]
+    assert len(below) == (2 if retries else 1)
+    process.send_signal(number)
+    assert process.wait(5) == (status if retries or status < 0 else -number)
+    assert not gone(below, 5)
 
 
 @pytest.mark.parametrize("words, seconds", [([], 600), (["--ddp_timeout", "10"], 10), (["--ddp-timeout=7"], 7),

@@ -1,37 +1,65 @@
 """Launch this machine's part of a training on several machines, and watch the other machines while it runs.
 
-multinode_train.sh calls it with its settings in the environment and with the arguments of `accelerate launch`:
+multinode_train.sh calls it with its settings in the environment and with the flags of main.py:
 
-    meet ──► load torch ──► meet ──► accelerate launch ──► main.py, once a GPU
-      └ who is missing?                └ a thread: signs of life, silence, reasons for an end
+    check ──► meet ──► load torch ──► meet ──► accelerate launch ──► main.py, once a GPU
+      │         └ who is missing?                └ a thread: signs of life, silence, reasons for an end
+      └ with MAX_RETRIES the rest is a child process, and after a loss another one
 
 The machines meet before anything is launched: a missing machine, a wrong address, a port that is taken and settings
 that differ show at once. They meet again with torch loaded, as loading takes 2 seconds here and 30 there. From then on
 the main machine keeps a connection to each other one, and passes on what one of them says to the rest.
 """
 
-import contextlib  # suppress()
-import ctypes  # prctl, which Python has no function for
+import contextlib  # suppress(), for errors that change nothing
+import ctypes  # prctl(), which Python's own modules lack
 import importlib  # loads torch at a moment of our choice
 import json  # machines tell each other one object a line
 import os  # settings come in the environment
-import re  # finds --ddp_timeout
+import re  # the forms of settings and flags
 import select  # waits for several connections at a time
-import signal  # Ctrl-C and SIGTERM
+import signal  # Ctrl-C is SIGINT, kill sends SIGTERM
 import socket  # TCP between the machines
+import subprocess  # nvidia-smi lists the GPUs
 import sys  # arguments, exit status
 import threading  # watches while torch has the main thread
 import time  # deadlines, in seconds
 
-RANK = int(os.environ.get("NODE", 0))  # of this machine: 0 is the main one
-MACHINES = int(os.environ.get("NUM_MACHINES", 1))  # with the ranks 0 to MACHINES - 1
-NODE_WAIT = int(os.environ.get("NODE_WAIT", 600))  # seconds until the meetings are given up
-PORT = int(os.environ.get("MAIN_PORT", 29500))  # torch's store listens there after the meetings
-ADDRESS = os.environ.get("MAIN_NODE_IP", "127.0.0.1")  # of the main machine
-FACTS = {key: os.environ.get(key) for key in ("NUM_MACHINES", "TOTAL_GPUS", "DEVICE")}  # equal on all machines
+
+def say(words):  # main.py prints sentences of its own
+    """Print one line on stderr, as a program may read main.py's progress on stdout."""
+    print(f"launch.py: {words}", file=sys.stderr, flush=True)  # flush: log files show it at once
+
+def die(words):  # named as in main.py
+    """End before the launch, with a sentence. Raises: SystemExit(2), the status of a wrong call."""
+    say(words)  # names the next step for the user
+    sys.exit(2)  # MAX_RETRIES does not try again
+
+def die_if(wrong, words):  # wrong: any value, true if it is wrong
+    """Call die(words) if something is wrong."""
+    if wrong:  # saves an if at each check
+        die(words)  # does not return
+
+def number(name, default, called=None):  # a number or SystemExit
+    """Return a setting as an int. called (str): its name for the user. Raises: SystemExit(2)."""
+    text = os.environ.get(name, default)  # unset only where tests import this file
+    form = re.fullmatch("[0-9]{1,9}", text)  # no sign, no spaces
+    die_if(not form, f"{called or name} is a whole number such as {default}, not '{text}'")  # -1, two
+    return int(text)  # ports, seconds, counts
+
+RANK = number("NODE", "0", "the rank of this machine")  # 0 on the main one
+MACHINES = number("NUM_MACHINES", "1")  # their ranks are 0 to MACHINES - 1
+TOTAL = number("TOTAL_GPUS", "1")  # processes on all machines, one a GPU
+PORT = number("MAIN_PORT", "29500")  # torch's store listens there after the meetings
+NODE_WAIT = number("NODE_WAIT", "600")  # seconds until the meetings are given up
+MAX_RETRIES = number("MAX_RETRIES", "0")  # tries after the first one
+ADDRESS = os.environ.get("MAIN_NODE_IP", "127.0.0.1")  # of the main machine; others may use another name for it
+TRAINER = os.path.abspath(f"{__file__}/../../main.py")  # absolute, as users call from anywhere
+
+FACTS = {"NUM_MACHINES": MACHINES, "TOTAL_GPUS": TOTAL, "DEVICE": None}  # equal on all machines; check() sets DEVICE
 SELF = {"machine": RANK, "name": socket.gethostname()}  # begins each message to other machines
-HELLO = b"launch.py\n"  # said by the main machine: strangers say something else
-CLOCK = {"end": time.monotonic() + NODE_WAIT, "said": time.monotonic() - 8}  # "waiting" is first said after 2 s
+HELLO = b"launch.py\n"  # the main machine's first word; other programs say something else
+CLOCK = {}  # time.monotonic() of the end of the meetings, and of the last "waiting"
 
 SIGN = 2  # seconds between two signs of life
 QUIET = 30  # seconds of silence that are worth a warning
@@ -39,37 +67,84 @@ AGAIN = 15  # seconds between two warnings
 PATIENCE = 60  # seconds beyond --ddp_timeout: torch shall give up first
 REASON = 10  # seconds to hear why another machine ended
 LOST = "another process was lost"  # main.py's words where the cause lies elsewhere
-FINAL = (2, 130, 143)  # wrong call, Ctrl-C, SIGTERM: MAX_RETRIES does not try again
+FINAL = (2, 130, 143)  # a wrong call, Ctrl-C, SIGTERM: MAX_RETRIES does not try again
 
+# ── Before the machines meet ─────────────────────────────────────────────────────────────────────────────────────────
 
-def say(words):  # the launcher has no progress bar to leave
-    """Print one line on stderr, as a program may read main.py's progress on stdout."""
-    print(f"launch.py: {words}", file=sys.stderr, flush=True)  # at once, into a pipe too
+def check(gpus, output_dir):  # on this machine alone, in 0.1 seconds
+    """Find what is wrong on this machine. gpus, output_dir (str): the settings. Raises: SystemExit(2)."""
+    die_if(RANK >= MACHINES, f"rank {RANK} needs NUM_MACHINES={RANK + 1} or more, on every machine")  # ranks begin at 0
+    uneven = TOTAL < 1 or TOTAL % MACHINES  # accelerate would start fewer without a word
+    die_if(uneven, f"TOTAL_GPUS={TOTAL} cannot be shared evenly by NUM_MACHINES={MACHINES}")  # each starts as many
+    each = TOTAL // MACHINES  # processes on this machine
+    form = re.fullmatch("[A-Za-z0-9/-]+(,[A-Za-z0-9/-]+)*", gpus)  # numbers, or names such as GPU-8d7d
+    die_if(not form, f"GPUS is a list such as 2,3, not '{gpus}'")  # spaces, a stray comma
 
+    listed = ""  # stays empty without an NVIDIA driver
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no nvidia-smi, or no driver for it
+        listed = subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True).stdout  # a line a GPU
+    count = len(re.findall("^GPU ", listed, re.MULTILINE))  # lines of MIG parts are indented
+    FACTS["DEVICE"] = "GPU" if count else "CPU"  # NCCL and gloo cannot train together
+    if not count:  # a trial, or a driver that does not work
+        say(f"no GPU here: {each} of the {TOTAL} processes train on this CPU")  # correct, but slow
+    chosen = gpus.split(",") if count else []  # without GPUs there is nothing to choose
+    for gpu in chosen:  # CUDA would ignore a wrong one silently
+        known = gpu.isdigit() and int(gpu) < count or f"UUID: {gpu}" in listed  # a name may be cut short
+        die_if(not known, f"GPUS={gpus}: no GPU {gpu} among the {count} here, see `nvidia-smi -L`")  # from 0 on
+    few = count and len(set(chosen)) < each  # the last process would find no GPU
+    die_if(few, f"TOTAL_GPUS={TOTAL} over NUM_MACHINES={MACHINES} are {each} here: GPUS={gpus} lists fewer")  # also 2,2
 
-def stop(words):  # as stop() in multinode_train.sh
-    """End before the launch, with a sentence. Raises: SystemExit(2), the status of a wrong call."""
-    say(words)  # every such sentence names the next step
-    sys.exit(2)  # a status that MAX_RETRIES leaves alone
+    with contextlib.suppress(OSError):  # os.access() finds out whether it is there
+        os.makedirs(output_dir, exist_ok=True)  # with its parents
+    advice = "mount the shared storage, or choose another directory"  # every rank writes a part of a checkpoint
+    unusable = not os.access(output_dir, os.W_OK)  # known now, not hours later at the first checkpoint
+    die_if(unusable, f"OUTPUT_DIR={output_dir} cannot be written: {advice}")  # a read-only mount, other rights
 
+def keep_trying():  # only with MAX_RETRIES
+    """Return in a child process for each try. The first process ends with the status of the last one, by SystemExit.
+
+    The first process stays small, without torch. It only waits for the end of its child, and for signals, which it
+    passes on. All are blocked, that is kept by Linux until sigwait() takes them: none is missed, whenever it comes.
+    """
+    kept = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM)  # SIGCHLD: a child has ended
+    signal.pthread_sigmask(signal.SIG_BLOCK, kept)  # fork() passes the blocking on
+    parent = os.getpid()  # of all tries
+    stopped = False  # True once somebody has sent a signal
+    for tries in range(1, MAX_RETRIES + 2):  # one more than retries
+        child = os.fork()  # safe: there is one thread so far
+        if child == 0:  # fork() returns 0 in the child
+            os.setsid()  # a terminal's Ctrl-C comes to the first process only
+            ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the first process dies
+            die_if(os.getppid() != parent, "the first process was killed")  # too early for prctl() to notice
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, kept)  # a signal that came meanwhile ends the child here
+            return  # main() goes on in the child
+        ended = 0  # the child's process id once it has ended
+        while not ended:  # hours or days
+            signum = signal.sigwait(kept)  # sleeps until one comes
+            if signum == signal.SIGCHLD:  # the child has ended, or stopped for a moment
+                ended, wait_status = os.waitpid(child, os.WNOHANG)  # 0 if the child lives
+            else:  # Ctrl-C, kill, Slurm
+                os.kill(child, signum)  # torch's agent sends it to main.py, which saves
+                stopped = True  # no further try
+        code = os.waitstatus_to_exitcode(wait_status)  # negative for a signal
+        status = code if code >= 0 else 128 - code  # as in a shell: 137 for signal 9
+        if stopped or status in (0, *FINAL) or tries > MAX_RETRIES:  # trained, stopped, hopeless
+            sys.exit(status)  # for the shell
+        say(f"status {status}; joining in again, {tries} of MAX_RETRIES={MAX_RETRIES}")  # from the last checkpoint
 
 # ── The machines meet ────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-def cause(error):  # for sentences to the user
+def cause(error):  # part of sentences to the user
     """Return the system's words for an OSError, such as Connection refused, without Python's around them."""
     return (error.strerror or str(error)).split(" (")[0]  # Python's own timeouts have no strerror
-
 
 def patience(words):  # called once a second
     """Say every ten seconds what is missing. Raises: SystemExit(2) after NODE_WAIT seconds."""
     now = time.monotonic()  # unlike the time of day, nobody sets this clock
-    if now > CLOCK["end"]:  # nobody comes any more
-        stop(f"given up after NODE_WAIT={NODE_WAIT} s: {words}")  # what was missing to the end
-    if now >= CLOCK["said"] + 10:  # nobody shall wonder what it waits for
-        say(f"waiting: {words} ({CLOCK['end'] - now:.0f} s left)")  # time to start what is missing
+    die_if(now > CLOCK["end"], f"given up after NODE_WAIT={NODE_WAIT} s: {words}")  # a machine did not come
+    if now >= CLOCK["said"] + 10:  # silence would look like a hang
+        say(f"waiting: {words} ({CLOCK['end'] - now:.0f} s left)")  # time to start the missing machine
         CLOCK["said"] = now  # silent for the next ten seconds
-
 
 def wrong(theirs, place, here):  # on the main machine
     """Return what is wrong with a machine, in a sentence, or None.
@@ -78,36 +153,37 @@ def wrong(theirs, place, here):  # on the main machine
     """
     rank = theirs["rank"]  # KeyError for a stranger, which host() expects
     if here.get(rank, place) != place:  # run_node1.sh was started on two machines
-        return f"{place} and {here[rank]} both have rank {rank}: give each machine its own"  # both addresses
+        return f"{place} and {here[rank]} both have rank {rank}: give each machine its own"  # addresses find machines
     differ = [key for key in FACTS if theirs.get(key) != FACTS[key]]  # GPUs here, CPUs there: no training
     words = [f"{key} is {theirs.get(key)} at {place} and {FACTS[key]} on the main machine" for key in differ]  # both
-    return "; ".join(words) + ": make them the same on all machines" if words else None  # all slips at once
-
+    return "; ".join(words) + ": make them the same on all machines" if words else None  # all differences at once
 
 def host():  # on the main machine
     """Wait until all others have come, and let all begin. Returns: rank → connection. Raises: SystemExit(2)."""
     try:  # MAIN_NODE_IP may belong to another machine
-        socket.create_server((ADDRESS, 0)).close()  # possible at own addresses only
+        socket.create_server((ADDRESS, 0)).close()  # Linux allows this at own addresses only
     except OSError as error:  # another machine's address, or an unknown name
-        fault = f"is no address of this machine ({cause(error)}), which has rank 0"  # as run_node0.sh ran here
-        way = "start run_node0.sh on the machine that has it, or set MAIN_NODE_IP on all"  # to an own address
-        stop(f"MAIN_NODE_IP={ADDRESS} {fault}: {way} to one of `hostname -I`")  # at once: waiting would not help
+        fault = f"is no address of this machine ({cause(error)}), which has rank 0"  # run_node0.sh gives rank 0
+        way = "start run_node0.sh on the machine that has it, or set MAIN_NODE_IP on all"  # two ways to mend it
+        die(f"MAIN_NODE_IP={ADDRESS} {fault}: {way} to one of `hostname -I`")  # at once: waiting would not help
     try:  # MAIN_PORT may be in use
         server = socket.create_server(("", PORT))  # at all addresses of this machine
     except OSError as error:  # mostly a run that has not ended
         way = "end what listens there (`ss -tlnp`), or set another MAIN_PORT on all machines"  # torch needs it, too
-        stop(f"MAIN_PORT={PORT} cannot be used here ({cause(error)}): {way}")  # at once: waiting would not help
+        die(f"MAIN_PORT={PORT} cannot be used here ({cause(error)}): {way}")  # at once: waiting would not help
     links = {}  # rank → connection, of machines that wait
     here = {}  # rank → address, also of machines that have gone
-    while len(links) < MACHINES - 1:  # somebody is missing
-        for ready in select.select([server, *links.values()], [], [], 1)[0]:  # a second
-            if ready is not server:  # a machine that waits says nothing: it is gone
-                links = {key: link for key, link in links.items() if link is not ready}  # missing again
-                continue  # with the next one that has something to say
+    way = "start run_node1.sh there, with this MAIN_NODE_IP and MAIN_PORT"  # mostly forgotten or mistyped
+    while missing := [str(rank) for rank in range(1, MACHINES) if rank not in links]:  # late, or behind a firewall
+        patience(f"rank {', '.join(missing)} has not come to {ADDRESS}:{PORT}; {way}")  # ends after NODE_WAIT
+        for ready in select.select([server, *links.values()], [], [], 1)[0]:  # looks again after a second
+            if ready is not server:  # waiting machines send nothing: this one has gone
+                links = {key: link for key, link in links.items() if link is not ready}  # its rank is missing again
+                continue  # with the next connection
             link, (place, *_) = server.accept()  # a machine, a port scanner, the preflight
-            try:  # to learn whether it belongs here
+            try:  # strangers may say anything
                 link.settimeout(5)  # seconds a call: a stranger may never answer
-                link.sendall(HELLO)  # asks who is there
+                link.sendall(HELLO)  # join() waits for it
                 theirs = json.loads(link.recv(4096))  # 100 bytes, which arrive in one piece
                 sentence = wrong(theirs, place, here)  # None for a machine that belongs here
             except (OSError, ValueError, KeyError, TypeError):  # a stranger: it does not speak like join()
@@ -115,41 +191,34 @@ def host():  # on the main machine
             if sentence:  # these machines cannot train together
                 for other in (link, *links.values()):  # links lacks the one that came last
                     other.sendall(sentence.encode())  # join() prints it and ends
-                stop(sentence)  # all machines say the same
+                die(sentence)  # all machines say the same
             links[theirs["rank"]] = link  # replaces that of a machine that was started anew
-            here[theirs["rank"]] = place  # another place with this rank will be noticed
-        missing = [str(key) for key in range(1, MACHINES) if key not in links]  # ranks, for the user
-        if missing:  # not started yet, or behind a firewall
-            way = "start run_node1.sh there, with this MAIN_NODE_IP and MAIN_PORT"  # mostly forgotten or mistyped
-            patience(f"rank {', '.join(missing)} has not come to {ADDRESS}:{PORT}; {way}")  # stops after NODE_WAIT
+            here[theirs["rank"]] = place  # the rank at another address will be noticed
     for link in links.values():  # all machines are here
         link.sendall(b"go")  # ends the waiting in join()
     server.close()  # PORT is free for torch's store
-    return links  # of the other machines
-
+    return links  # stay open for Watch
 
 def join():  # on the other machines
     """Wait until the main one says that all are here. Returns: rank 0 → connection to it. Raises: SystemExit(2)."""
-    while True:  # ends with the sign to go, or in patience()
+    while True:  # until all are here, or patience() ends
         state = "cannot be reached"  # true until a connection is made
         try:  # the main machine may not be up yet
             with socket.create_connection((ADDRESS, PORT), 5) as link:  # seconds, as firewalls may swallow packets
                 state = "is in use by something else than multinode_train.sh"  # true until HELLO has come
                 if link.recv(100) != HELLO:  # silence ends in a TimeoutError
-                    raise OSError("a wrong answer")  # said below, like the system's own errors
+                    raise OSError("a wrong answer")  # handled like the system's own errors
                 link.sendall(json.dumps(FACTS | {"rank": RANK}).encode())  # for wrong() on the main machine
                 while not select.select([link], [], [], 1)[0]:  # a third machine may be late
-                    patience(f"the main machine {ADDRESS} is there, another one is missing")  # known there
+                    patience(f"the main machine {ADDRESS} is there, another one is missing")  # host() says which
                 answer = link.recv(4096).decode()  # empty when the main machine has ended
                 if answer == "go":  # all machines are here
                     return {0: link.dup()}  # stays open when `with` closes link
-                if answer:  # what is wrong with one of the machines
-                    stop(answer)  # all machines say the same
+                die_if(answer, answer)  # what is wrong with one of the machines
         except OSError as error:  # refused, no route, unknown name, silence
             way = "start run_node0.sh there, and check MAIN_NODE_IP, MAIN_PORT and its firewall"  # likeliest first
-            patience(f"{ADDRESS}:{PORT} {state} ({cause(error)}); {way}")  # stops after NODE_WAIT
-        time.sleep(1)  # before the next try
-
+            patience(f"{ADDRESS}:{PORT} {state} ({cause(error)}); {way}")  # ends after NODE_WAIT
+        time.sleep(1)  # before the next attempt
 
 # ── While training runs ──────────────────────────────────────────────────────────────────────────────────────────────
 # A message is one line. Each is a sign of life; the last one of a machine also says how its part ended:
@@ -158,64 +227,63 @@ def join():  # on the other machines
 # lost: it only noticed the end of another machine. A status of null: the connection ended without a last message.
 # A cut cable ends no connection, and TCP goes on when it is put back: silence is waited for, not taken for an end.
 
-
-class Watch(threading.Thread):  # finish() belongs to the main thread
+class Watch(threading.Thread):  # torch wants the main thread for its signal handlers
     """What this machine knows of the others. links (dict): rank → connection; limit (int): --ddp_timeout in seconds."""
 
     def __init__(self, links, limit):  # after the second meeting
-        super().__init__(daemon=True)  # this process does not wait for the thread
+        super().__init__(daemon=True)  # Python ends without waiting for the thread
         self.links = links  # loses connections that end
-        self.limit = limit  # torch ends a wait for gradients after it
-        self.names = {rank: f"machine {rank}" for rank in range(MACHINES) if rank != RANK}  # until signs come
-        self.heard = dict.fromkeys(self.names, time.monotonic())  # rank → when: all have just met
+        self.limit = limit  # after it torch gives up waiting for gradients
+        self.names = {rank: f"machine {rank}" for rank in range(MACHINES) if rank != RANK}  # host names come later
+        self.heard = dict.fromkeys(self.names, time.monotonic())  # rank → time of its last sign
         self.ended = {}  # rank → its last message
         self.rest = dict.fromkeys(links, b"")  # rank → the beginning of a line
         self.signed = 0  # when this machine last gave a sign
         self.warned = 0  # when it last warned of silence
         self.given_up = None  # a sentence once check() has ended the run
-        self.over = False  # true once the main thread takes over
+        self.over = False  # True once finish() takes over
 
     def run(self):  # the body of the thread
         """Exchange messages and look for silence, until training is over or given up."""
-        while not self.over and not self.given_up:  # seen at once, as exchange() takes a moment only
+        while not self.over and not self.given_up:  # looked at five times a second
             self.exchange()  # before silence is measured
             self.check(time.monotonic())  # warns, or gives up
 
-    def exchange(self):  # five times a second
+    def exchange(self):  # takes 0.2 seconds at most
         """Read what has come, and give a sign of life when it is time."""
-        ready = select.select([*self.links.values()], [], [], 0.2)[0]  # seconds; without links it only sleeps
-        for rank in [rank for rank, link in self.links.items() if link in ready]:  # read() may delete it
+        ready = select.select([*self.links.values()], [], [], 0.2)[0]  # without links it only sleeps
+        for rank in [rank for rank, link in self.links.items() if link in ready]:  # a list, as read() may delete links
             self.read(rank)  # parts of lines, lines, or the end
-        if time.monotonic() >= self.signed + SIGN:  # seldom enough to cost nothing
-            self.signed = time.monotonic()  # also when nobody can be reached
+        if time.monotonic() >= self.signed + SIGN:  # 50 bytes every two seconds
+            self.signed = time.monotonic()  # even when nobody can be reached
             self.send(SELF)  # a sign of life
 
-    def send(self, message, source=None):  # Linux keeps it while a cable is cut
+    def send(self, message, source=None):  # Linux keeps messages while a cable is cut
         """Send a message (dict) to all that are connected, but not back to its source (a rank)."""
         for rank, link in self.links.items():  # several on the main machine only
-            if rank != source:  # it knows what it has said
+            if rank != source:  # the source knows what it has said
                 with contextlib.suppress(OSError):  # read() will find the end of this connection
                     link.sendall(json.dumps(message).encode() + b"\n")  # about 50 bytes
 
-    def read(self, rank):  # select() has seen that it will not wait
+    def read(self, rank):  # does not wait, as select() saw data
         """Read what a machine has sent, or that its connection has ended."""
         try:  # a lost connection is no error here
             data = self.links[rank].recv(1 << 16)  # may begin and end within a line
         except OSError:  # reset, or TCP has tried for 15 minutes
-            data = b""  # what recv() returns when it was closed
+            data = b""  # what recv() returns for a closed connection
         *lines, self.rest[rank] = (self.rest[rank] + data).split(b"\n")  # the last piece is no whole line
-        for line in lines:  # messages about this machine, or passed on by it
+        for line in lines:  # from this machine, or passed on by it
             self.note(json.loads(line), rank)  # in the order in which they were sent
-        if not data:  # nothing more will come
+        if not data:  # the connection has ended
             del self.links[rank]  # select() would find it ready for ever
             if rank not in self.ended:  # kill -9 of its launcher or machine
                 self.note({"machine": rank, "status": None}, rank)  # a third machine has to know
 
-    def note(self, message, source):  # from read()
+    def note(self, message, source):  # called by read()
         """Keep a message (dict), and pass it on to all but its source (a rank)."""
         rank = message["machine"]  # not source where the main machine passes it on
         self.heard[rank] = time.monotonic()  # by this machine's clock: clocks differ
-        if "name" in message:  # a connection that ended has none
+        if "name" in message:  # all messages but that of a lost connection
             self.names[rank] = f"machine {rank} ({message['name']})"  # rank and host name, for the user
         if "status" in message:  # its last one
             self.ended[rank] = message  # for finish()
@@ -227,17 +295,17 @@ class Watch(threading.Thread):  # finish() belongs to the main thread
 
     def silence(self, seconds, known=()):  # known: ranks whose silence is explained
         """Return words for the machines that were not heard for so many seconds, or ""."""
-        past = {rank: time.monotonic() - when for rank, when in self.heard.items() if rank not in known}  # s
+        past = {rank: time.monotonic() - when for rank, when in self.heard.items() if rank not in known}  # seconds
         gone = [self.names[rank] for rank in past if past[rank] >= seconds]  # silent for too long
         longest = max(past.values(), default=0)  # seconds
-        return f"nothing was heard of {', '.join(gone)} for {longest:.0f} seconds" if gone else ""  # so far
+        return f"nothing was heard of {', '.join(gone)} for {longest:.0f} seconds" if gone else ""  # part of a sentence
 
     def check(self, now):  # now: time.monotonic()
         """Warn of silence, and end this machine's part when it lasts beyond --ddp_timeout."""
         quiet = self.silence(QUIET, self.ended)  # machines that have ended may be silent
         if quiet and self.links and now >= self.warned + AGAIN:  # without links all are silent
             waits = f"the run waits for --ddp_timeout {self.limit} seconds"  # in case the machine comes back
-            print(f"warning  {quiet}: is it down, or the network? {waits}", file=sys.stderr, flush=True)  # at once
+            print(f"warning  {quiet}: is it down, or the network? {waits}", file=sys.stderr, flush=True)  # like main.py
             self.warned = now  # again after AGAIN seconds
         quiet = self.silence(self.limit + PATIENCE)  # machines that failed count: main.py hangs here
         if quiet:  # torch should have noticed before
@@ -245,19 +313,18 @@ class Watch(threading.Thread):  # finish() belongs to the main thread
             say(self.given_up)  # before main.py speaks of SIGTERM
             signal.pthread_kill(threading.main_thread().ident, signal.SIGTERM)  # torch's agent ends main.py
 
-    def reasons(self):  # none where all only lost another one
+    def reasons(self):  # empty where every machine only lost another one
         """Return the last messages of machines that have a reason of their own, the first one first."""
         return [last for last in self.ended.values() if last["status"] != 0 and not last.get("lost")]  # None: a kill
 
-    def finish(self, status, words, lost):  # what train() returns
+    def finish(self, status, words, lost):  # takes what train() returns
         """Tell the others how this machine's part ended; if lost, say why another's did. Returns: exit status."""
         self.over = True  # ends the thread
-        if self.is_alive():  # not without other machines
+        if self.is_alive():  # it was never started on a single machine
             self.join(6)  # seconds at most; mostly 0.2
-        last = {"status": status, "words": words[:2000], "lost": lost}  # torch's words can be long
-        self.send(SELF | last)  # before this machine waits for others
-        if lost:  # else main.py has said its reason here
-            status = self.explain(status)  # may be another machine's
+        self.send(SELF | {"status": status, "words": words[:2000], "lost": lost})  # torch's words can be long
+        if lost:  # main.py has no reason of its own
+            status = self.explain(status)  # 2 where another machine was called wrongly
 
         # A connection that is closed with signs of life unread is reset, and the message with it.
         for link in self.links.values():  # a second each at most
@@ -266,14 +333,14 @@ class Watch(threading.Thread):  # finish() belongs to the main thread
                 link.settimeout(SIGN / 2)  # seconds: shorter than from sign to sign
                 while link.recv(1 << 16):  # empty once it is closed
                     pass  # signs of life
-        return status  # for the shell
+        return status  # of this machine's part
 
-    def explain(self, status):  # this machine only lost another one
+    def explain(self, status):  # when this machine only lost another one
         """Wait for the reason of another machine, and say it. Returns: this machine's exit status, or the other's."""
-        end = time.monotonic() + (0 if self.given_up else REASON)  # given up: all has been waited for
-        while self.links and not self.reasons() and time.monotonic() < end:  # it may be on its way
+        end = time.monotonic() + (0 if self.given_up else REASON)  # given up: it has waited long enough
+        while self.links and not self.reasons() and time.monotonic() < end:  # a reason may be on its way
             if len(self.ended) == len(self.names):  # all only lost another one
-                break  # as when a network fails and comes back
+                break  # the network failed and came back
             self.exchange()  # 0.2 seconds
         for reason in self.reasons():  # mostly one
             if reason["status"] is not None:  # note() has spoken of lost connections
@@ -283,17 +350,14 @@ class Watch(threading.Thread):  # finish() belongs to the main thread
         quiet = self.silence(3 * SIGN, self.ended)  # three signs are missing
         if quiet and not self.reasons() and not self.given_up:  # a cut cable: no message comes through
             say(quiet)  # at least which machine it is
-        return status  # to finish()
-
+        return status  # becomes that of the launcher
 
 # ── The launch ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
-
-def ddp_timeout(words):  # main.py's flags stand behind accelerate's
+def ddp_timeout(words):  # of main.py's flags
     """Return the seconds of the last --ddp_timeout in a command line (list of str), or main.py's default."""
     found = re.findall(r"^--ddp[_-]timeout[=\n](\d+)$", "\n".join(words), re.MULTILINE)  # one word a line
     return int(found[-1]) if found else 600  # the last one counts, as in argparse
-
 
 def first(failures):  # torch's get_first_failure() knows whole seconds only
     """Return rank and ProcessFailure of the process that has the reason. failures (dict): rank → ProcessFailure.
@@ -301,32 +365,38 @@ def first(failures):  # torch's get_first_failure() knows whole seconds only
     When one fails, others on this machine lose it, and torch's agent ends the rest by SIGTERM, all within a second.
     """
     begin = min(failure.timestamp for failure in failures.values())  # seconds since 1970
-    early = [item for item in failures.items() if item[1].timestamp <= begin + 1]  # a kill is noticed a bit later
+    early = [item for item in failures.items() if item[1].timestamp <= begin + 1]  # torch notices a kill a bit later
     return min(early, key=lambda item: [word in str(item[1].message) for word in ("SIGTERM", LOST)])  # False first
 
+def train(watch, flags):  # in the main thread, for torch's signal handlers
+    """Be `accelerate launch` for main.py with its flags (list of str), while watch (Watch) looks at other machines.
 
-def train(watch):  # in the main thread, for torch's signal handlers
-    """Be `accelerate launch`. Returns: exit status, its reason in words, whether that lies in another process."""
+    Returns: exit status, its reason in words, whether that lies in another process.
+    """
     # Not at the top of the file: the machines meet before torch is loaded, which takes seconds.
-    from accelerate.commands.launch import main as accelerate_launch  # `accelerate launch` itself
+    from accelerate.commands.launch import main as accelerate_launch  # what `accelerate launch` calls
     from torch.distributed import DistError  # the launchers lost each other
     from torch.distributed.elastic.multiprocessing.api import SignalException  # SIGTERM or Ctrl-C has come
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # main.py has failed
 
+    counts = f"--num_machines {MACHINES} --num_processes {TOTAL} --machine_rank {RANK}"  # processes of all machines
+    store = f"--main_process_port {PORT} --rdzv_conf timeout=60"  # seconds: all machines have just met
+    fixed = "--gpu_ids all --multi_gpu --mixed_precision no --dynamo_backend no"  # whatever `accelerate config` says
+    sys.argv[1:] = [*f"{counts} {store} {fixed} --main_process_ip".split(), ADDRESS, TRAINER, *flags]  # for argparse
     try:  # torch's agent raises what happened to main.py
-        accelerate_launch()  # takes sys.argv; returns when main.py has succeeded
+        accelerate_launch()  # returns when main.py has succeeded
     except ChildFailedError as error:  # its traceback is about the launcher, not about main.py
-        number, failure = first(error.failures)  # number: the rank among all processes
+        rank, failure = first(error.failures)  # the rank among all processes
         code = failure.exitcode  # negative for a signal
         status = code if code > 0 else 128 - code  # as in a shell: 137 for signal 9
-        words = f"rank {number} ended with {'signal' if code < 0 else 'status'} {abs(code)}"  # 9: kill -9
+        words = f"rank {rank} ended with {'signal' if code < 0 else 'status'} {abs(code)}"  # 9: kill -9
         say(words)  # main.py has given its reason, if it could
         if failure.error_file != "<N/A>":  # main.py has written its sentence for the launcher
             words = " ".join(str(failure.message).split())  # in one line
             status = 1 if code == -15 else status  # it was ending by itself when SIGTERM came
         return status, words, LOST in words  # True: the reason is that of another process
     except SignalException as error:  # main.py has saved a checkpoint
-        if watch.given_up:  # check() sent the signal
+        if watch.given_up:  # Watch.check() sent the signal
             return 1, watch.given_up, True  # with 1 MAX_RETRIES tries again
         return 128 + error.sigval, f"stopped by {signal.Signals(error.sigval).name}", False  # 143 for SIGTERM
     except DistError as error:  # between the meeting and the start of main.py
@@ -335,26 +405,28 @@ def train(watch):  # in the main thread, for torch's signal handlers
         return 1, words, False  # with 1 MAX_RETRIES tries again
     return 0, "", False  # trained to the end
 
-
-def main():  # what multinode_train.sh runs
-    """Meet, launch, watch. Raises: SystemExit with the status of this machine's part."""
+def main(flags):  # flags (list of str): main.py's
+    """Check, meet, launch, watch. Raises: SystemExit with the status of this machine's part."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends the meeting without a traceback
-    if os.environ.pop("MAX_RETRIES", "0") != "0":  # the shell waits, to start this program again
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: ends with the shell
+    check(os.environ["GPUS"], os.environ["OUTPUT_DIR"])  # settings that only this machine needs
+    if TOTAL == 1:  # a launcher around a single process would keep signals from it
+        os.execv(sys.executable, [sys.executable, TRAINER, *flags])  # becomes main.py
+    if MAX_RETRIES:  # without it this process launches by itself
+        keep_trying()  # returns in a child process
+    CLOCK.update(end=time.monotonic() + NODE_WAIT, said=time.monotonic() - 8)  # "waiting" is first said after 2 s
     links = {}  # a single machine has nobody to meet
     if MACHINES > 1:  # over the network
         meet = join if RANK else host  # the main machine counts those that come
         meet()  # before seconds are spent on torch
         importlib.import_module("accelerate.commands.launch")  # with torch: 2 to 30 seconds
-        links = meet()  # all machines leave it at the same time
-    watch = Watch(links, ddp_timeout(sys.argv))  # a thread, not yet started
+        links = meet()  # all machines leave this meeting together
+    watch = Watch(links, ddp_timeout(flags))  # a thread, not yet started
     if links:  # somebody to watch
         watch.start()  # calls run()
-    outcome = train(watch)  # of this machine's processes
-    for number in (signal.SIGTERM, signal.SIGINT):  # torch's handlers would raise a SignalException
-        signal.signal(number, signal.SIG_DFL)  # ends the wait for a reason at once
+    outcome = train(watch, flags)  # of this machine's processes
+    for signum in (signal.SIGTERM, signal.SIGINT):  # torch's handlers would raise a SignalException
+        signal.signal(signum, signal.SIG_DFL)  # ends the wait for a reason at once
     sys.exit(watch.finish(*outcome))  # 0 only when all was trained
 
-
 if __name__ == "__main__":  # not when a test imports it
-    main()  # does not return
+    main(sys.argv[1:])  # does not return
