@@ -195,6 +195,7 @@ def test_either_of_two_ranks_may_be_killed_at_any_change(kill_servers, four_step
     assert tally.clean(), tally.verdicts
 
 
+@pytest.mark.slow
 def test_the_logs_of_a_killed_run_join_up(every_step_saved, kill_servers, four_steps, tmp_path):
     """B11: TensorBoard and trainer_state.json show each step once, and train_loss is that of all steps."""
     output, (_, whole) = tmp_path / "out", every_step_saved
