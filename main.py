@@ -197,8 +197,8 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     die_if(eval_only and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")  # a model, too
     die_if(eval_only and run, f"--output_dir {output} holds a training run: choose another for --do_eval")  # unmixed
     die_if(exists(f"{model}/adapter_config.json"),  # of PEFT, alone or beside its base
-           f"--model_name_or_path {model} holds an adapter, which would be ignored: save the model with the adapter "
-           "merged into it (merge_and_unload), and give that directory")
+           f"--model_name_or_path {model} holds an adapter, which would be ignored: save the model with "
+           "the adapter merged into it (merge_and_unload), and give that directory")
     die_if(isdir(model) and not exists(f"{model}/config.json"), f"--model_name_or_path {model}: no config.json")  # here
     die_if(not eval_only and realpath(output) == realpath(model),  # the base model would be replaced
            f"--output_dir {output} is the model to start from: choose another directory")
@@ -376,7 +376,7 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
     except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
         die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:"  # the machine and port of rank 0
             f"{os.environ['MASTER_PORT']} within --ddp_timeout {seconds} ({one_line(error)})", 1, True)  # 1: try again
-    atexit.register(gc.collect)  # runs second: frees the groups, and waits for their threads, which need Python
+    atexit.register(gc.collect)  # runs second: frees the groups, and waits for gloo's threads
     atexit.register(dist.destroy_process_group)  # runs first: torch itself lets go of the groups
     return ranks  # all ranks have come
 
@@ -596,7 +596,7 @@ HUB_ERRORS = {  # pattern for an exception's kind or message: what to do about i
     "cannot be found: the hub knows no such name; check {url} (if private: hf auth login)",
     "ConnectionError|LocalEntryNotFound":  # the hub was tried for half a minute
     "is not in the cache and the hub cannot be reached: check the network, or give a local directory",
-    r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'":  # an encoder, or an encoder-decoder like T5
+    r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'":  # an encoder-decoder, such as T5
     "is a {found}, which predicts no next token: give a model like google/gemma-3-270m",
     r"Config name is missing.*configs: \[(.*?)\]":  # a guess could train on the wrong language
     "has several configurations: choose one with --dataset_config_name: {found}"}
@@ -617,7 +617,7 @@ def load_model(args):  # from the hub, its cache or a directory
     """Return (tokenizer, model in float32, on the CPU): bfloat16 would lose updates of 2e-5. Raises: SystemExit."""
     name = args.model_name_or_path  # a hub name or a directory
     flag = "--model_name_or_path"  # names the flag in sentences
-    attention = "flash_attention_2" if args.use_flash_attention else None  # None: sdpa, PyTorch's own, or else eager
+    attention = "flash_attention_2" if args.use_flash_attention else None  # None: PyTorch's sdpa, or eager
     config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # if missing, an empty one is made
     tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
@@ -628,13 +628,13 @@ def load_model(args):  # from the hub, its cache or a directory
         attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True)  # says what is missing
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # random
     die_if(wrong, f"{flag} {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # random now
-    ids = torch.arange(8)[None]  # (1, 8): any eight tokens
     if not args.use_flash_attention:  # its kernels need a GPU, and the model is on the CPU here
-        with torch.no_grad():  # two texts that differ in their last token only
-            one, other = (model(input_ids=ids + step * (ids == 7)).logits[:, :7] for step in (0, 1))  # (1, 7, V) each
-        die_if((one - other).abs().max() > 1e-4 * one.std(),  # as in BERT; in a causal model the two are equal
-               f"{flag} {name}: its tokens see those behind them, so it cannot learn to predict the next one: "
-               "give a model like google/gemma-3-270m")
+        ids = torch.tensor([[*range(8)], [*range(7), 8]])  # (2, 8): two texts that differ in their last token
+        with torch.no_grad():  # no gradients are wanted
+            one, other = model(input_ids=ids).logits[:, :7]  # (7, V) each: what follows the first seven tokens
+        die_if((one - other).abs().max() > 1e-3 * one.std(),  # as in BERT; a causal model answers the same
+               f"{flag} {name}: its tokens see those behind them, so it cannot learn to predict the next "
+               "one: give a model like google/gemma-3-270m")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the collator asks; nothing is padded
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
         model.resize_token_embeddings(len(tokenizer))  # table and head get new rows

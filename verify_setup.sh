@@ -1,14 +1,16 @@
 #!/usr/bin/env bash
-# Checks a machine before a training: one line a check, with what mends it. Nothing is installed, downloaded or left behind.
+# Checks a machine before a training: one line a check, with what mends it. Nothing is installed, downloaded or changed.
 #
 #     bash verify_setup.sh              for training on this machine
-#     bash verify_setup.sh 0            on the main machine of several, with the settings of run_node0.sh; 1: on the other
+#     bash verify_setup.sh 0            on the main one of several machines, with the settings of run_node0.sh
+#     bash verify_setup.sh 1            on the other one, with the settings of run_node1.sh
 #     bash verify_setup.sh --model DIR  with that model instead of google/gemma-3-270m
 set -euo pipefail  # a step that fails ends the script
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)  # in full, whatever directory calls
 
 export SEVERAL=no GPUS_GIVEN=${GPUS:+yes}  # GPUs that were asked for must exist; 2,3 is only a default
-if [ "${NUM_MACHINES:-}" != 1 ] && [ -n "${MAIN_NODE_IP:-}${NUM_MACHINES:-}" ]; then SEVERAL=yes; fi  # set: several meant
+[ "${NUM_MACHINES:-1}${MAIN_NODE_IP:-}" = 1 ] || SEVERAL=yes  # one of the two is set: several machines are meant
+[ "${NUM_MACHINES:-}" != 1 ] || SEVERAL=no  # one machine, even if it has an address
 # The defaults are those of multinode_train.sh and main.py.
 for word in "$@"; do  # a number is the rank of this machine among several
     if [[ $word =~ ^[0-9]+$ ]]; then  # its script may have been edited; the environment wins there, too
@@ -16,7 +18,8 @@ for word in "$@"; do  # a number is the rank of this machine among several
         eval "$(grep -E '^export (MAIN_NODE_IP|GPUS|TOTAL_GPUS)=' "$here/run_node$((word > 0)).sh")"  # its settings
     fi
 done
-export MAIN_NODE_IP=${MAIN_NODE_IP:-192.168.1.100} MAIN_PORT=${MAIN_PORT:-29500} NUM_MACHINES=${NUM_MACHINES:-2}  # meeting
+export MAIN_NODE_IP=${MAIN_NODE_IP:-192.168.1.100} MAIN_PORT=${MAIN_PORT:-29500}  # where all processes meet
+export NUM_MACHINES=${NUM_MACHINES:-2}  # counts only when several are meant
 export GPUS=${GPUS:-2,3} TOTAL_GPUS=${TOTAL_GPUS:-4} MODEL=${MODEL:-google/gemma-270m}  # work; the model of main.py
 OUTPUT=./outputs  # where main.py writes by itself
 [ "$SEVERAL" = no ] || OUTPUT=/shared/outputs/gemma-270m  # as in multinode_train.sh
@@ -24,7 +27,7 @@ export OUTPUT_DIR=${OUTPUT_DIR:-$OUTPUT} PYTHONSAFEPATH=1 GONE=""  # no torch.py
 
 [ ! -x "$here/.venv/bin/python" ] || PATH="$here/.venv/bin:$PATH"  # made by the quickstart or the tests
 if ! python=$(command -v python || command -v python3); then  # a bare machine
-    echo "FAIL  Python            there is none -> install Python 3.10 or newer, with venv and pip"  # as preflight.py would
+    echo "FAIL  Python            there is none -> install Python 3.10 or newer, with venv and pip"  # as a check
     echo "0 passed, 0 warnings, 1 failed: mend what FAILs, then run this again"  # as preflight.py would
     exit 1  # the status of any FAIL
 fi

@@ -9,12 +9,14 @@ import sys  # the Python that runs this; where main.py is
 from pathlib import Path  # main.py beside this directory
 
 HERE = Path(__file__).resolve().parent.parent  # where main.py is
-HEAD = """# Flags of main.py
+HEAD = (  # above the table of our flags
+    """# Flags of main.py
 
 Made from `python main.py --help` by `python tools/flags.py > docs/flags.md`; a test compares the two. Dashes may stand
 for underscores. A misspelt flag is an error that names the nearest real one.
-"""
-TAIL = """
+""")
+TAIL = (  # between the two tables
+    """
 ## Flags of the Trainer
 
 Every option of [`transformers.TrainingArguments`](https://huggingface.co/docs/transformers/main_classes/trainer) works
@@ -23,9 +25,9 @@ others. These are refused, as each would break a promise of the README:
 
 | flag | it |
 |---|---|
-"""
+""")
 
-def sections(text):
+def sections(text):  # takes the help apart
     """Yield (title, [(flag, what it does, default)]) of each section in the text that `main.py --help` prints."""
     text = re.sub(r"\n {8,}", "  ", text)  # a long flag's words stand on a line of their own
     for part in text.split("\n\n"):  # argparse leaves a blank line between sections
@@ -34,7 +36,7 @@ def sections(text):
         if flags:  # "options" holds --help alone, which has no default
             yield title, flags  # in the order of parse_args()
 
-def page(text, refused):
+def page(text, refused):  # puts the page together
     """Return docs/flags.md (str). text: what `main.py --help` prints; refused (dict): main.REFUSED."""
     lines = [HEAD, "| flag | default | what it does |", "|---|---|---|"]  # one table for all sections
     for title, flags in sections(text):  # in the order of parse_args()
@@ -46,7 +48,7 @@ def page(text, refused):
     rows = [f"| `{flag}` | {reason} |" for flag, reason in refused.items()]  # in main.py's order
     return "\n".join(lines) + "\n" + TAIL + "\n".join(rows) + "\n"  # ends with a line break, as files do
 
-def help_text():
+def help_text():  # what a user sees
     """Return what `main.py --help` prints, in lines of any length."""
     command = [sys.executable, HERE / "main.py", "--help"]  # answers before torch is loaded
     wide = os.environ | {"COLUMNS": "500"}  # no flag's words are broken

@@ -41,7 +41,7 @@ TRIAL = "--do_eval --max_seq_length 8 --no_truncation --per_device_eval_batch_si
 Finding = namedtuple("Finding", "status name found remedy", defaults=[""])  # a line of the report, all of it str
 ok, warn, fail = (partial(Finding, status) for status in ("PASS", "WARN", "FAIL"))  # warn(name, found, remedy)
 
-@dataclass
+@dataclass  # makes __init__ of the fields
 class Settings:  # the variables of multinode_train.sh, as text: they may be mistyped
     rank: int | None  # of this machine among several: 0 is the main one; None: not said
     several: bool  # several machines: what is wrong with the network is a FAIL
@@ -54,16 +54,20 @@ class Settings:  # the variables of multinode_train.sh, as text: they may be mis
     output: str  # OUTPUT_DIR
     model: str  # a hub name or a directory
 
+def stop(words):  # words (str): what is wrong with the call
+    print(f"verify_setup.sh: {words}; see bash verify_setup.sh --help", file=sys.stderr)  # as main.py does it
+    sys.exit(2)  # the status of a wrong call
+
 def read_settings(argv=None):  # argv: list of str, or None for the process's own words
     """Return the Settings of the environment and the command line. Raises: SystemExit(2) for a wrong call."""
     env = os.environ  # verify_setup.sh has filled in the defaults
     parser = argparse.ArgumentParser("bash verify_setup.sh", description=__doc__.splitlines()[0])  # --help
-    parser.error = lambda words: sys.exit(print(f"verify_setup.sh: {words}; see --help", file=sys.stderr) or 2)
+    parser.error = stop  # one sentence instead of the usage
     parser.add_argument("rank", nargs="?", type=int, help="of this machine among several: 0 or 1")  # several are meant
     parser.add_argument("--model", default=env["MODEL"], help="hub name or directory")  # that main.py will get
     args = parser.parse_args(argv)  # --help ends here
-    model = os.path.expanduser(args.model) or parser.error("--model needs a name or a directory")  # ~/models/gemma
-    return Settings(
+    model = os.path.expanduser(args.model) or stop("--model needs a name or a directory")  # ~/models/gemma
+    return Settings(  # in the order of its fields
         args.rank, env["SEVERAL"] == "yes", env["MAIN_NODE_IP"], env["MAIN_PORT"], env["NUM_MACHINES"],  # unchecked
         env["GPUS"].split(","), bool(env["GPUS_GIVEN"]), env["TOTAL_GPUS"], env["OUTPUT_DIR"],  # unchecked
         ALIASES.get(model, model))  # the name that the hub knows
@@ -107,7 +111,8 @@ def whole(text, most):  # for settings, which are text
 def python_version():  # transformers 5 cannot be installed on older ones
     found = f"{sys.version.split()[0]}, {sys.executable}"  # which Python it is surprises many
     new = sys.version_info >= (3, 10)  # the strictest wish among the packages
-    yield ok("Python", found) if new else fail("Python", found, "make .venv with a newer one: python3.12 -m venv .venv")
+    old = fail("Python", found, "make .venv with a newer one: python3.12 -m venv .venv")  # verify_setup.sh finds it
+    yield ok("Python", found) if new else old  # one of the two
 
 def packages():  # other versions than those of requirements.txt were not tested together
     try:  # not at the top: a fresh machine lacks it
@@ -177,14 +182,16 @@ def try_to_write(folder):  # the system decides, not the permission bits
 
 def output_directory(settings):  # permission, space, shared storage
     if os.environ.get("GONE"):  # verify_setup.sh has noticed it
-        yield fail("output directory", f"the current directory {os.environ['GONE']} is gone", "cd to one that exists")
+        words = f"the current directory {os.environ['GONE']} is gone"  # perhaps made anew: a shell stays in the old one
+        yield fail("output directory", words, "cd to one that exists")  # cd . may be enough
         return  # OUTPUT_DIR may be relative to it
     folder = Path(os.path.abspath(os.path.expanduser(settings.output)))  # where main.py would write
     other = "choose another: export OUTPUT_DIR=/path"  # helps in every case
     try:  # writes a file
         place = within(5, try_to_write, folder)  # a dead NFS server never answers
     except (OSError, ValueError) as error:  # no permission, read-only, full, a file in the way; a NUL in the name
-        owner = f"sudo mkdir -p {folder} && sudo chown $USER {folder}, or " * isinstance(error, PermissionError)
+        denied = isinstance(error, PermissionError)  # another owner helps here, but not on a full disk
+        owner = f"sudo mkdir -p {folder} && sudo chown $USER {folder}, or " * denied  # or ""
         reason = getattr(error, "strerror", None) or str(error)  # "Read-only file system"
         space = "make space, or " * bool(re.search("space|quota", reason))  # Linux's words for a full disk
         yield fail("output directory", f"{folder} cannot be written to: {reason}", space + owner + other)  # all ways
@@ -201,7 +208,8 @@ def output_directory(settings):  # permission, space, shared storage
     remedy = "mount shared storage there (NFS, for example), unless this machine exports it itself"  # the server
     own = settings.several and not re.search(NETWORK_DISKS, kind)  # else other machines lack the checkpoints
     local = warn("shared storage", f"{place} is on {kind}, a local kind: all machines must see it", remedy)  # own
-    yield local if own else ok("shared storage", kind + ": one machine needs none" * (not settings.several))
+    unneeded = ": one machine needs none" * (not settings.several)  # else the kind tells enough
+    yield local if own else ok("shared storage", kind + unneeded)  # one of the two
 
 # ── Network ────────────────────────────────────────────────────────────────────────────────────────
 def launch_settings(settings, count):  # accelerate would silently start fewer processes
@@ -209,7 +217,7 @@ def launch_settings(settings, count):  # accelerate would silently start fewer p
     gpus = len(settings.gpus)  # of this machine
     right = f"export TOTAL_GPUS={(machines or 1) * gpus} on every machine, or choose other GPUS"  # one GPU a process
     if not machines or not total:  # words, a sign, 0
-        words = f"NUM_MACHINES={settings.machines} and TOTAL_GPUS={settings.total} must be whole numbers above 0"
+        words = f"NUM_MACHINES={settings.machines}, TOTAL_GPUS={settings.total}: one is no number above 0"  # as typed
         yield fail("launch settings", words, "export NUM_MACHINES=2 TOTAL_GPUS=4, for example")  # the same everywhere
     elif total % machines:  # accelerate divides, rounding down
         yield fail("launch settings", f"TOTAL_GPUS={total} is no multiple of NUM_MACHINES={machines}", right)  # a rest
@@ -223,7 +231,8 @@ def addresses(settings):  # by which other machines can reach this one
     lines = output_of("ip", "-o", "addr", "show", "up", "scope", "global").splitlines()  # "2: eth0 inet 10.0.0.1/24"
     found = [f"{words[1]} {words[3].partition('/')[0]}" for words in map(str.split, lines)]  # eth0 10.0.0.1
     text = ", ".join(found or output_of("hostname", "-I").split())  # where iproute2 is missing: without interfaces
-    lonely = warn("addresses", "none but loopback: no other machine reaches this one", "connect it: ip link, ip addr")
+    alone = "none but loopback: no other machine reaches this one"  # no FAIL: a VPN may hide from ip
+    lonely = warn("addresses", alone, "connect it: ip link, ip addr")  # matters to several machines
     yield ok("addresses", text or "none but loopback") if text or not settings.several else lonely  # 1: needs none
 
 def can_listen(address, port):  # tried, as the launcher will do
@@ -235,7 +244,7 @@ def can_listen(address, port):  # tried, as the launcher will do
 def main_node(settings):  # all processes meet there
     port, host = whole(settings.port, 65535), settings.host  # None: mistyped
     if not port:  # words, or too large
-        yield fail("main port", f"MAIN_PORT={settings.port} is no port", "export MAIN_PORT=29500, for example")
+        yield fail("main port", f"MAIN_PORT={settings.port} is no port", "export MAIN_PORT=29500")  # a number to 65535
         return  # nothing to try
     address, mine = "", True  # a single machine is its own main one
     if settings.several:  # whose address is it?
@@ -250,9 +259,10 @@ def main_node(settings):  # all processes meet there
             mine = False  # so it has to be reached
     if settings.several and settings.rank is not None and mine != (settings.rank == 0):  # exchanged scripts
         words = f"{host} is {'this' if mine else 'not this'} machine, which has rank {settings.rank}"  # both facts
-        yield fail("main node", words, "the machine with MAIN_NODE_IP has rank 0: correct one of the two")
+        yield fail("main node", words, "correct MAIN_NODE_IP, which belongs to rank 0, or the rank")  # one is wrong
     elif re.match("127|::1$", address):  # a trial on one machine
-        yield warn("main node", f"{host} is loopback: no other machine reaches it", "export MAIN_NODE_IP=ADDRESS")
+        words = f"{host} is loopback: no other machine reaches it"  # every machine has one of its own
+        yield warn("main node", words, "export MAIN_NODE_IP=ADDRESS")  # fine for a trial
     elif settings.several and mine:  # rank 0 belongs here
         yield ok("main node", f"{host} is this machine: start run_node0.sh here")  # and run_node1.sh elsewhere
     if mine:  # this machine will listen
@@ -294,7 +304,8 @@ def hub_access(name, cached):  # name (str): as the hub knows it; cached (bool):
         yield ok("model access", f"the hub gives {name} {'to your token' if token else 'without a token'}")  # now
     except Exception as error:  # refused, or no answer
         found, remedy = missing_step(hub, error, name, token)  # in words
-        use = warn("model access", f"{found}; the copy in the cache will do", f"export HF_HUB_OFFLINE=1, or {remedy}")
+        copy = f"{found}; the copy in the cache will do"  # of an earlier login
+        use = warn("model access", copy, f"export HF_HUB_OFFLINE=1, or {remedy}")  # 1: the hub is not asked
         used = ok("model access", "HF_HUB_OFFLINE is set: the cache is used")  # on purpose
         yield (used if hub.constants.HF_HUB_OFFLINE else use) if cached else fail("model access", found, remedy)  # ends
 
@@ -306,8 +317,10 @@ def missing_step(hub, error, name, token):  # 401, 403, 404, silence
     gated = isinstance(error, hub.errors.GatedRepoError)  # Gemma is
     status = getattr(getattr(error, "response", None), "status_code", None)  # None: no answer came
     steps = [  # (whether it is this, what is the matter, what to do): the first that fits
-        (hub.constants.HF_HUB_OFFLINE, "HF_HUB_OFFLINE: the cache lacks it", f"unset HF_HUB_OFFLINE, or {local}"),
-        (gated and not token, f"not logged in, and {name} is gated", f"accept the terms at {page}, then {login}"),
+        (hub.constants.HF_HUB_OFFLINE, "HF_HUB_OFFLINE is set, and the cache lacks it",  # so it is nowhere
+         f"unset HF_HUB_OFFLINE, or {local}"),
+        (gated and not token, f"not logged in, and {name} is gated",  # the first step of a new user
+         f"accept the terms at {page}, then {login}"),
         ("Invalid credentials" in words or (status == 401 and token),  # revoked, expired, cut short
          f"the hub refuses your token ({source})", f"make one at {site}/settings/tokens, then {login}"),
         (gated and "fine-grained" in words, "your token has no access to gated repositories",  # too few rights
@@ -317,14 +330,16 @@ def missing_step(hub, error, name, token):  # 401, 403, 404, silence
         (isinstance(error, hub.errors.RepositoryNotFoundError), f"the hub knows no {name}",  # or it is private
          f"correct it: see {page}{'' if token else f' (private: {login})'}"),
         (status, f"the hub answers with status {status}", f"try later, or {local}"),  # 429, 500: the hub's own fault
-        (True, f"no answer from {site} ({type(error).__name__})", f"check the network: curl -I {site}; or {local}")]
+        (True, f"no answer from {site} ({type(error).__name__})",  # no network, a proxy, a firewall
+         f"check the network: curl -I {site}; or {local}")]
     return next(step[1:] for step in steps if step[0])  # the last one always fits
 
 def start_trial(model, gpu, folder):  # beside the other checks, as it takes ten seconds
     """Start main.py on a few tokens. gpu (str): "" for the CPU; folder (Path). Returns: the process."""
     (folder / "text.txt").write_text("one two three four five six seven eight nine\n")  # eight tokens or more
-    files = ("--validation_file", folder / "text.txt", "--output_dir", folder / "out", "--cache_dir", folder / "cache")
-    command = [sys.executable, HERE / "main.py", *TRIAL, "--model_name_or_path", model, *files]  # trains nothing
+    places = ("--output_dir", folder / "out", "--cache_dir", folder / "cache")  # nothing is written elsewhere
+    what = ("--model_name_or_path", model, "--validation_file", folder / "text.txt")  # the model, on some words
+    command = [sys.executable, HERE / "main.py", *TRIAL, *what, *places]  # trains nothing
     settings = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "HF_HUB_OFFLINE": "1"}  # nothing is downloaded
     return subprocess.Popen(command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # at once
 
@@ -373,8 +388,9 @@ def start_workers(gpus, folder):  # gpus: list of str, empty for two processes o
     settings = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "OMP_NUM_THREADS": "1"}  # as launchers set them
     command = [sys.executable, __file__, "worker", "cuda" if gpus else "cpu"]  # the end of this file calls worker()
     world = len(gpus) or 2  # processes
-    return [subprocess.Popen([*command, str(rank), str(world), folder / "meeting"], env=settings, text=True,  # at once
-                             stdout=subprocess.PIPE, stderr=subprocess.PIPE) for rank in range(world)]
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # read by answers()
+    return [subprocess.Popen([*command, str(rank), str(world), folder / "meeting"], env=settings, **pipes)  # now
+            for rank in range(world)]  # one process for each GPU
 
 def answers(workers, seconds):  # NCCL may hang for ever
     """Return what each worker told last (list of dict), after so many seconds at most."""
@@ -395,17 +411,18 @@ def answers(workers, seconds):  # NCCL may hang for ever
 def computing(gpus, workers):  # gpus: list of str, empty for the CPU
     told = answers(workers, 40 if gpus else 20)  # seconds: NCCL needs a while to connect
     tried = dict(zip(gpus, told, strict=False))  # empty on the CPU
-    broken = [f"{gpu}: {row.get('error', 'wrong result')}" for gpu, row in tried.items() if not row.get("product")]
-    if broken:  # used by one process exclusively, damaged, or unknown to this build of torch
-        yield fail("chosen GPUs", f"a product fails on {'; '.join(broken)}", "nvidia-smi shows their state")
+    wrong = {gpu: row.get("error", "wrong result") for gpu, row in tried.items() if not row.get("product")}  # and why
+    if wrong:  # used by one process exclusively, damaged, or unknown to this build of torch
+        words = "; ".join(f"{gpu}: {error}" for gpu, error in wrong.items())  # of all such GPUs
+        yield fail("chosen GPUs", f"a product fails on {words}", "nvidia-smi shows their state")  # and who uses them
     elif gpus:  # not only listed
         yield ok("chosen GPUs", f"{', '.join(gpus)}: each multiplied a matrix")  # correctly
     sound = {gpu: row for gpu, row in tried.items() if row.get("size")}  # those that told their memory
     if sound:  # at least one GPU
         least = min(row["free"] for row in sound.values())  # bytes: the fullest one limits the batch
-        sizes = [f"{gpu}: {row['free'] / 1e9:.1f} of {row['size'] / 1e9:.1f} GB free" for gpu, row in sound.items()]
-        words = ", ".join(sizes)  # of all GPUs
-        remedy = "nvidia-smi shows who uses it; lower --per_device_train_batch_size, --gradient_checkpointing"
+        words = ", ".join(f"{gpu}: {row['free'] / 1e9:.1f} of {row['size'] / 1e9:.1f} GB free"  # others may use some
+                          for gpu, row in sound.items())  # one after the other
+        remedy = "nvidia-smi shows who uses it; a smaller batch and --gradient_checkpointing need less"  # by turns
         little = (fail if least < 5e9 else warn)("GPU memory", words, remedy)  # weights, gradients, Adam: 4.3e9 bytes
         yield ok("GPU memory", words) if least >= 16e9 else little  # enough for 4 × 2,048 tokens
         lacks = [gpu for gpu, row in sound.items() if not row["bf16"]]  # older than Ampere
@@ -414,10 +431,11 @@ def computing(gpus, workers):  # gpus: list of str, empty for the CPU
     world, backend = len(told), "nccl" if gpus else "gloo"  # as main.py chooses it
     errors = [row["error"] for row in told if "error" in row]  # the first one is enough
     right = not errors and all(row["sum"] == world * (world + 1) / 2 for row in told)  # 1 + 2 + 3
-    remedy = "NCCL_DEBUG=INFO bash verify_setup.sh tells more; try export NCCL_P2P_DISABLE=1" if gpus else (
-        "export GLOO_SOCKET_IFNAME=lo on one machine, the network's interface on several")  # gloo's choice may be wrong
-    wrong = fail("all-reduce", f"{world} processes with {backend}: {(errors or ['wrong sum'])[0]}", remedy)  # hangs
-    yield ok("all-reduce", f"{world} process{'es' * (world > 1)} with {backend} agree") if right else wrong  # on a sum
+    remedies = {"nccl": "NCCL_DEBUG=INFO bash verify_setup.sh tells more; try export NCCL_P2P_DISABLE=1",  # GPU to GPU
+                "gloo": "export GLOO_SOCKET_IFNAME=lo, on several machines the network's interface"}  # its address
+    found = f"{world} processes with {backend}: {(errors or ['wrong sum'])[0]}"  # the training would hang, or be wrong
+    failed = fail("all-reduce", found, remedies[backend])  # what to try
+    yield ok("all-reduce", f"{world} process{'es' * (world > 1)} with {backend} agree") if right else failed  # on a sum
 
 # ── The list ───────────────────────────────────────────────────────────────────────────────────────
 def checks(settings, folder):  # folder (Path): for trial files, removed at the end
