@@ -46,7 +46,8 @@ The machines wait NODE_WAIT seconds for each other. After the loss of one the ot
 they wait for it to be started again, and go on from the last checkpoint.
 
 OUTPUT_DIR must be on storage that all machines share. Without flags wikitext-2 is trained; flags replace that.
-By hand, on all machines alike, with R the rank of the machine (--multi_gpu is needed without GPUs, too):
+By hand, on all machines alike, with R the rank of the machine; without --multi_gpu accelerate starts a single process
+where there is no GPU:
 
   CUDA_VISIBLE_DEVICES=$GPUS accelerate launch --num_machines $NUM_MACHINES \\
       --num_processes $TOTAL_GPUS --machine_rank R --main_process_ip $MAIN_NODE_IP --main_process_port $MAIN_PORT \\
