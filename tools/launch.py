@@ -30,7 +30,7 @@ def say(words):  # main.py prints sentences of its own
     """Print one line on stderr, as a program may read main.py's progress on stdout."""
     print(f"launch.py: {words}", file=sys.stderr, flush=True)  # flush: log files show it at once
 
-def die(words):  # named as in main.py
+def die(words):  # like die() in main.py
     """End before the launch, with a sentence. Raises: SystemExit(2), the status of a wrong call."""
     say(words)  # names the next step for the user
     sys.exit(2)  # MAX_RETRIES does not try again
@@ -44,7 +44,7 @@ def number(name, default, called=None):  # a number or SystemExit
     """Return a setting as an int. called (str): its name for the user. Raises: SystemExit(2)."""
     text = os.environ.get(name, default)  # unset only where tests import this file
     form = re.fullmatch("[0-9]{1,9}", text)  # no sign, no spaces
-    die_if(not form, f"{called or name} is a whole number such as {default}, not '{text}'")  # -1, two
+    die_if(not form, f"{called or name} is a whole number such as {default}, not '{text}'")  # such as -1
     return int(text)  # ports, seconds, counts
 
 RANK = number("NODE", "0", "the rank of this machine")  # 0 on the main one
@@ -91,8 +91,8 @@ def check(gpus, output_dir):  # on this machine alone, in 0.1 seconds
     for gpu in chosen:  # CUDA would ignore a wrong one silently
         known = gpu.isdigit() and int(gpu) < count or f"UUID: {gpu}" in listed  # a name may be cut short
         die_if(not known, f"GPUS={gpus}: no GPU {gpu} among the {count} here, see `nvidia-smi -L`")  # from 0 on
-    few = count and len(set(chosen)) < each  # the last process would find no GPU
-    die_if(few, f"TOTAL_GPUS={TOTAL} over NUM_MACHINES={MACHINES} are {each} here: GPUS={gpus} lists fewer")  # also 2,2
+    few = count and len(set(chosen)) < each  # a GPU that is named twice counts once
+    die_if(few, f"TOTAL_GPUS={TOTAL} over NUM_MACHINES={MACHINES} are {each} here: GPUS={gpus} lists fewer")  # one each
 
     with contextlib.suppress(OSError):  # os.access() finds out whether it is there
         os.makedirs(output_dir, exist_ok=True)  # with its parents
@@ -154,9 +154,11 @@ def wrong(theirs, place, here):  # on the main machine
     rank = theirs["rank"]  # KeyError for a stranger, which host() expects
     if here.get(rank, place) != place:  # run_node1.sh was started on two machines
         return f"{place} and {here[rank]} both have rank {rank}: give each machine its own"  # addresses find machines
-    differ = [key for key in FACTS if theirs.get(key) != FACTS[key]]  # GPUs here, CPUs there: no training
-    words = [f"{key} is {theirs.get(key)} at {place} and {FACTS[key]} on the main machine" for key in differ]  # both
-    return "; ".join(words) + ": make them the same on all machines" if words else None  # all differences at once
+    differ = [key for key in FACTS if theirs.get(key) != FACTS[key]]  # GPUs and CPUs cannot train together
+    if not differ:  # this machine fits
+        return None  # nothing is wrong
+    pairs = [f"{key} is {theirs[key]} at {place} and {FACTS[key]} on the main machine" for key in differ]  # both values
+    return f"{'; '.join(pairs)}: make them the same on all machines"  # all differences at once
 
 def host():  # on the main machine
     """Wait until all others have come, and let all begin. Returns: rank → connection. Raises: SystemExit(2)."""
