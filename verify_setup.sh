@@ -11,16 +11,15 @@ here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)  # in full, w
 export SEVERAL=no GPUS_GIVEN=${GPUS:+yes}  # GPUs that were asked for must exist; 2,3 is only a default
 [ "${NUM_MACHINES:-1}${MAIN_NODE_IP:-}" = 1 ] || SEVERAL=yes  # one of the two is set: several machines are meant
 [ "${NUM_MACHINES:-}" != 1 ] || SEVERAL=no  # one machine, even if it has an address
-# The defaults are those of multinode_train.sh and main.py.
+node=0  # whose settings count: run_node0.sh
 for word in "$@"; do  # a number is the rank of this machine among several
-    if [[ $word =~ ^[0-9]+$ ]]; then  # its script may have been edited; the environment wins there, too
-        SEVERAL=yes GPUS_GIVEN=yes  # what is wrong with the network or the GPUs is a FAIL
-        eval "$(grep -E '^export (MAIN_NODE_IP|GPUS|TOTAL_GPUS)=' "$here/run_node$((word > 0)).sh")"  # its settings
+    if [[ $word =~ ^[0-9]+$ ]]; then  # what is wrong with the network or the GPUs is a FAIL then
+        SEVERAL=yes GPUS_GIVEN=yes node=$((word > 0))  # a third machine has the settings of run_node1.sh
     fi
 done
-export MAIN_NODE_IP=${MAIN_NODE_IP:-192.168.1.100} MAIN_PORT=${MAIN_PORT:-29500}  # where all processes meet
-export NUM_MACHINES=${NUM_MACHINES:-2}  # counts only when several are meant
-export GPUS=${GPUS:-2,3} TOTAL_GPUS=${TOTAL_GPUS:-4} MODEL=${MODEL:-google/gemma-270m}  # work; the model of main.py
+eval "$(grep -E '^export (MAIN_NODE_IP|GPUS|TOTAL_GPUS)=' "$here/run_node$node.sh")"  # the environment goes before them
+export MAIN_PORT=${MAIN_PORT:-29500} NUM_MACHINES=${NUM_MACHINES:-2}  # as in multinode_train.sh
+export MODEL=${MODEL:-google/gemma-270m}  # as in main.py
 OUTPUT=./outputs  # where main.py writes by itself
 [ "$SEVERAL" = no ] || OUTPUT=/shared/outputs/gemma-270m  # as in multinode_train.sh
 export OUTPUT_DIR=${OUTPUT_DIR:-$OUTPUT} PYTHONSAFEPATH=1 GONE=""  # no torch.py of the current directory is imported

@@ -28,7 +28,7 @@ def draw(log, title):
     axes = figure.subplots()
     for key, name, style in (("loss", "training", "o-"), ("eval_loss", "validation", "s--")):
         points = [(row["step"], row[key]) for row in log if key in row]
-        if points:
+        if len(points) > 1:
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
     axes.set(xlabel="optimizer steps", ylabel="loss, nats a token", title=title)
     axes.spines[["top", "right"]].set_visible(False)

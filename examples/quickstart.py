@@ -189,7 +189,7 @@ def judged(directory):
     """Return {"before": {"text", "perplexity"}, "after": …}: what each model writes, and how well it reads.
 
     text goes on from PROMPT, always with the likeliest word. perplexity is exp(mean loss of all tokens) over the
-    held-out chapters, each whole and behind its own <bos>, as plain transformers computes it.
+    held-out chapters, each whole and behind its own <bos>; transformers alone computes it.
     """
     kept, trained = directory / "judged.json", directory / "model" / "model.safetensors"
     if kept.exists() and kept.stat().st_mtime >= trained.stat().st_mtime:
@@ -215,10 +215,12 @@ def token_losses(model, ids):
     """Return the loss of each token of a text (list of T ids) but the first, shape (T - 1,): -log p(token)."""
     import torch
 
-    with torch.no_grad():
+    native = "bf16" in Path("/proc/cpuinfo").read_text()  # emulated, bfloat16 is slower than float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=native):
         hidden = model.model(torch.tensor([ids])).last_hidden_state[0, :-1]
         parts = zip(hidden.split(256), torch.tensor(ids[1:]).split(256), strict=True)  # 256 rows of logits: 0.27 GB
-        return torch.cat([torch.nn.functional.cross_entropy(model.lm_head(h), y, reduction="none") for h, y in parts])
+        loss = torch.nn.CrossEntropyLoss(reduction="none")
+        return torch.cat([loss(model.lm_head(rows).float(), labels) for rows, labels in parts])
 
 
 def main():

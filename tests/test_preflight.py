@@ -110,7 +110,9 @@ def test_without_torch_the_other_checks_still_run(no_torch, tmp_path):
 def test_without_python_there_is_one_line(tmp_path):
     """V1, V6: a bare machine is told what to install."""
     shutil.copy(ROOT / "verify_setup.sh", tmp_path)
-    (tmp_path / "dirname").symlink_to(shutil.which("dirname"))
+    shutil.copy(ROOT / "run_node0.sh", tmp_path)
+    for name in ("dirname", "grep"):
+        (tmp_path / name).symlink_to(shutil.which(name))
     done = verify(env={"PATH": tmp_path}, script=tmp_path / "verify_setup.sh")
     assert list(done.checks) == ["Python"] and done.status == 1
     expect(done, "Python", "FAIL", "install Python 3.10")
@@ -135,7 +137,7 @@ def test_the_settings_of_a_node_are_those_of_its_script(no_torch, tmp_path):
         (tmp_path / path).write_text(text)
     env = no_torch | {"OUTPUT_DIR": tmp_path, "HF_HUB_OFFLINE": "1"}
     done = verify("1", env=env, script=tmp_path / "verify_setup.sh")
-    expect(done, "main node", "FAIL", "127.0.0.1 is this machine, which has rank 1", "has rank 0")
+    expect(done, "main node", "FAIL", "127.0.0.1 is this machine, which has rank 1", "correct MAIN_NODE_IP")
     done = verify("0", env=env | {"MAIN_NODE_IP": "127.0.0.1"}, script=tmp_path / "verify_setup.sh")
     expect(done, "main node", "WARN", "127.0.0.1 is loopback")
     expect(done, "launch settings", "PASS", "2 machines with 2 processes each")
@@ -147,7 +149,7 @@ def test_the_settings_of_a_node_are_those_of_its_script(no_torch, tmp_path):
 def test_versions_are_compared_with_requirements(no_torch, tmp_path):
     """V3: older or missing is FAIL, newer is WARN, each with the pip command; comments are no requirements."""
     (tmp_path / "tools").mkdir()
-    for name in ("verify_setup.sh", "tools/preflight.py"):
+    for name in ("verify_setup.sh", "run_node0.sh", "tools/preflight.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     wanted = ["transformers~=99.1.0  # soon", "datasets==1.0", "no-such-package-here==1", "# accelerate==0", "torch>=1"]
     (tmp_path / "requirements.txt").write_text("\n".join(wanted))

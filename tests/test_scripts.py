@@ -1,10 +1,18 @@
-"""example_run.sh: each scenario trains on a model and text of the user's own, or stops with a sentence."""
+"""example_run.sh: each scenario trains on a model and text of the user's own, or stops with a sentence.
+
+Then what README and docs say of it all.
+"""
 
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
-from helpers import PATH, ROOT, launch, write_jsonl
+from helpers import PATH, ROOT, launch, need, write_jsonl
+
+import main
+from tools import flags
 
 ALONE, UNMADE = "TRAIN_FILE is not: set both", "model/config.json is missing. Run `bash example_run.sh quickstart`"
 LINK = ".venv is a link to /gone, which is gone: rm .venv"
@@ -47,3 +55,57 @@ def test_scenarios_run_on_a_local_model(tiny, texts, tmp_path):
     for output, name, *more in (["a", "single"], ["b", "memory"], ["c", "custom", "--bf16"], ["d", "custom"]):
         assert (scenario(name, tiny, output, "--max_steps", 1, *more) / "model.safetensors").exists()
     assert (scenario("evaluate", tmp_path / "d", "e") / "eval_results.json").exists()
+
+
+# ── README and docs ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_page_of_flags_is_that_of_the_parser():
+    """F1 to F25: docs/flags.md says what `main.py --help` says; else run `python tools/flags.py > docs/flags.md`."""
+    page = (ROOT / "docs/flags.md").read_text()
+    assert page == flags.page(flags.help_text(), main.REFUSED)
+    options = {option for option in re.findall(r"^  (--\w+)", flags.help_text(), re.M)}
+    assert options == set(re.findall(r"^\| `(--\w+)` \|[^|]*\|[^|]*\|$", page, re.M)) and len(options) == 38
+
+
+def test_the_front_door_names_what_is_at_the_top_level_and_leads_nowhere_else():
+    """S10: 9 to 12 kB; every file that is tracked at the top level is named, every link leads to a file."""
+    readme = (ROOT / "README.md").read_text()
+    assert 9_000 <= len(readme.encode()) <= 12_000
+    need("git")
+    listed = subprocess.run(["git", "-C", ROOT, "ls-files"], capture_output=True, text=True, check=True).stdout.split()
+    for name in {path.partition("/")[0] for path in listed} - {".gitignore", "README.md"}:
+        assert name in readme, name
+    for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")):
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", page.read_text()):
+            assert (page.parent / link).exists(), (page.name, link)
+    assert (ROOT / "docs/loss.png").stat().st_size < 100_000
+
+
+@pytest.mark.slow
+def test_the_tour_of_the_front_door_ends_with_a_model_that_writes(tiny, tmp_path):
+    """S10, B12: its lines as they stand, in a copy, but for the model, which is tiny here."""
+    tour = re.search(r"## From your text[^#]*?\n\n((?: {4}.*\n)+)", (ROOT / "README.md").read_text())[1]
+    assert tour.count("quickstart/gemma-3-270m") == 2 and tour.startswith("    source .venv/bin/activate\n")
+    for name in ("main.py", "verify_setup.sh", "run_node0.sh", "requirements.txt", "tools", "docs"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    lines = tour.replace("source .venv/bin/activate", f"set -e; export PATH={PATH}")
+    lines = lines.replace("quickstart/gemma-3-270m", str(tiny)).replace("--max_seq_length 512", "--max_seq_length 64")
+    done = launch("bash", "-c", lines, cwd=tmp_path)
+    assert done.status == 0, done.err
+    assert "0 failed: ready to train" in done.out and "Done: the model is in outputs/docs." in done.out
+    assert done.out.splitlines()[-1].startswith("A checkpoint is")
+
+
+def test_a_loss_curve_is_drawn_of_a_run_or_the_lack_of_one_said(finished, tmp_path):
+    """S4: a picture of the losses in trainer_state.json, also of a checkpoint's."""
+    output = finished[0]
+    draw = [sys.executable, ROOT / "examples/loss_curve.py"]
+    done = launch(*draw, output, tmp_path / "loss.png")
+    assert done.status == 0 and re.search(r"loss.png: \d+ points", done.out), done.err
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+    newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+    shutil.copytree(newest, tmp_path / "run" / newest.name)
+    assert launch(*draw, tmp_path / "run", tmp_path / "two.png").status == 0
+    none = launch(*draw, tmp_path, tmp_path / "three.png")
+    assert none.status == 1 and "holds no trainer_state.json" in none.err and "Traceback" not in none.err
