@@ -54,7 +54,9 @@ def test_the_quickstart_teaches_the_model(quickstart):
     before = json.loads((folder / "quickstart/base/all_results.json").read_text())["perplexity"]
     after = json.loads((folder / "quickstart/model/all_results.json").read_text())["perplexity"]
     assert after < 0.6 * before < 60
-    assert f"{before:.1f} -> {after:.1f}" in printed
+    judged = json.loads((folder / "quickstart/judged.json").read_text())
+    first, last = (judged[when]["perplexity"] for when in ("before", "after"))
+    assert last < 0.97 * first and f"{first:.1f} -> {last:.1f}" in printed
     assert all(re.search(rf"{when} +The with statement \w+", printed) for when in ("before", "after"))
     assert "quickstart/model" in printed and "tensorboard --logdir" in printed
     states = sorted((folder / "quickstart/model").glob("checkpoint-*/trainer_state.json"))
@@ -94,6 +96,27 @@ def test_perplexity_equals_plain_transformers(quickstart):
                    "--max_seq_length", 256, "--max_eval_samples", 6)  # fmt: skip
     expected = python(folder, PLAIN, model, path, 256, 6)
     assert mine["perplexity"] == pytest.approx(2.718281828459045**expected, rel=1e-3)
+
+
+def test_the_reported_perplexity_is_that_of_whole_documents_behind_bos(quickstart):
+    """L8: plain transformers' own loss of each chapter, weighted by its tokens, to 1 %, in float32 beside bfloat16."""
+    folder, _ = quickstart
+    code = """
+import json, math, torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+tokenizer = AutoTokenizer.from_pretrained("quickstart/gemma-3-270m")
+model = AutoModelForCausalLM.from_pretrained("quickstart/gemma-3-270m", dtype=torch.float32).eval()
+total, count = 0, 0
+for line in open("quickstart/validation.jsonl"):
+    ids = tokenizer(json.loads(line)["text"], return_tensors="pt")["input_ids"]
+    assert ids[0, 0] == tokenizer.bos_token_id
+    with torch.no_grad():
+        total += model(ids, labels=ids).loss.item() * (ids.shape[1] - 1)
+    count += ids.shape[1] - 1
+print(json.dumps(math.exp(total / count)))
+"""
+    judged = json.loads((folder / "quickstart/judged.json").read_text())
+    assert judged["before"]["perplexity"] == pytest.approx(python(folder, code), rel=0.01)
 
 
 def test_first_loss_equals_plain_transformers(quickstart):
