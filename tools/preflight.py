@@ -148,7 +148,7 @@ def cuda(torch, count):  # torch: the module; count: GPUs that it can use
         yield fail("CUDA", words, "install the build for this driver: https://pytorch.org/get-started/locally")  # torch
     else:  # a laptop, a driver that is missing, or CUDA_VISIBLE_DEVICES is empty
         hidden = "CUDA_VISIBLE_DEVICES is empty, which hides all GPUs" if drivers else "nvidia-smi lists no GPU"  # why
-        yield warn("CUDA", f"{hidden}: training works on the CPU, slowly", "if there is one, let it be seen")  # 15 ×
+        yield warn("CUDA", f"{hidden}: training works on the CPU, slowly", "if there is one, let it be seen")  # driver
 
 def usable_gpus(settings, count):  # count: GPUs that torch can use
     """Return the chosen GPUs (list of str) that exist; where 2,3 is only a script's default, as many other ones."""
@@ -207,7 +207,7 @@ def output_directory(settings):  # permission, space, shared storage
     kind = output_of("df", "--output=fstype", place).split("\n")[-1] or "unknown"  # ext4, nfs4, fuse.sshfs
     remedy = "mount shared storage there (NFS, for example), unless this machine exports it itself"  # the server
     own = settings.several and not re.search(NETWORK_DISKS, kind)  # else other machines lack the checkpoints
-    local = warn("shared storage", f"{place} is on {kind}, a local kind: all machines must see it", remedy)  # own
+    local = warn("shared storage", f"{place} is on {kind}, a local kind: all machines must see it", remedy)  # disk
     unneeded = ": one machine needs none" * (not settings.several)  # else the kind tells enough
     yield local if own else ok("shared storage", kind + unneeded)  # one of the two
 
@@ -233,7 +233,7 @@ def addresses(settings):  # by which other machines can reach this one
     text = ", ".join(found or output_of("hostname", "-I").split())  # where iproute2 is missing: without interfaces
     alone = "none but loopback: no other machine reaches this one"  # no FAIL: a VPN may hide from ip
     lonely = warn("addresses", alone, "connect it: ip link, ip addr")  # matters to several machines
-    yield ok("addresses", text or "none but loopback") if text or not settings.several else lonely  # 1: needs none
+    yield ok("addresses", text or "none but loopback") if text or not settings.several else lonely  # alone: fine
 
 def can_listen(address, port):  # tried, as the launcher will do
     """Listen for a moment. address (str): "" for all of this machine; port (int): 0 for any. Raises: OSError."""
@@ -443,6 +443,8 @@ def checks(settings, folder):  # folder (Path): for trial files, removed at the 
     yield from attempt(python_version)  # everything else needs one
     slow = []  # (check, arguments) of those that are begun now and read at the end
     count, gpus = 0, []  # GPUs that torch can use, and those that will train
+    if os.environ.get("CUDA_VISIBLE_DEVICES"):  # "" hides all GPUs, and stays
+        del os.environ["CUDA_VISIBLE_DEVICES"]  # multinode_train.sh sets it to GPUS, which counts all GPUs
     try:  # on a fresh machine torch is missing; elsewhere a library of CUDA may be
         import torch  # not at the top: two seconds here, on network disks many more
     except Exception as error:  # an ImportError, or an OSError of the system's loader
