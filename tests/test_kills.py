@@ -40,8 +40,8 @@ from helpers import (
 # ── SIGKILL ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def differences(expected, output):
-    """In what two finished runs differ: weights, curves, logs, and the names of all files."""
+def differences(expected, output, spare):
+    """In what two finished runs differ: weights, curves, logs, and the names of all files but the spare ones."""
     names = [{path.name for path in place.iterdir()} for place in (expected, output)]
     curves = [events(place / "runs") for place in (expected, output)]
     losses = [results(place)["train_loss"] for place in (expected, output)]
@@ -51,7 +51,7 @@ def differences(expected, output):
     tags = [{f"train/{key.removeprefix('eval_')}", key.replace("eval_", "eval/")} for key in known]
     points = [{tag: curve.get(tag) for some in tags for tag in some} for curve in curves]
     wrong = {
-        "files": names[0] ^ names[1],
+        "files": (names[0] ^ names[1]) - spare,
         "weights": not same_weights(expected, output),
         "curves": {tag: (value, points[1][tag]) for tag, value in points[0].items() if value != points[1][tag]},
         "log_history": logs[0] != logs[1] and logs,
@@ -67,11 +67,11 @@ class Tally:
         self.name, self.kills, self.verdicts = name, 0, {"exact": 0, "crashed": 0, "wrong": 0}
         self.lock = threading.Lock()
 
-    def judge(self, what, kills, done, expected, output):
+    def judge(self, what, kills, done, expected, output, spare=frozenset()):
         """Judge a run by its last call and its directory, and remove that. kills: how many it has survived."""
         verdict, fault = "crashed", done["status"]
         if fault == 0:
-            fault = in_child(differences, expected, output)
+            fault = in_child(differences, expected, output, spare)
             verdict = "wrong" if fault else "exact"
         if fault:
             print(self.name, what, fault, done["out"][-3000:], done["err"][-3000:])
@@ -102,7 +102,7 @@ def share(servers, plans, work):
     return [done[number] for number in range(len(plans))]
 
 
-def survive(name, servers, argv, expected, folder, plans):
+def survive(name, servers, argv, expected, folder, plans, spare=frozenset()):
     """Run once for each plan, with one kill after another, each (k, seconds), then to the end. Returns: (Tally, hits).
 
     Each call goes on from the newest checkpoint that is there. hits: of each plan, how many of its kills came in time.
@@ -121,10 +121,13 @@ def survive(name, servers, argv, expected, folder, plans):
             if done["status"] != -9:
                 break
             hits += 1
-        tally.judge(kills, hits, done, expected, output)
+        tally.judge(kills, hits, done, expected, output, spare)
         return hits
 
     return tally, share(servers, list(enumerate(plans)), work)
+
+
+UNROTATED = {"checkpoint-2"}  # stays after a kill between the last save and its rotation, as no later save is made
 
 
 @pytest.mark.slow
@@ -132,9 +135,9 @@ def test_a_kill_at_any_change_of_a_file_costs_nothing(kill_servers, four_steps, 
     """B10: SIGKILL before each change of saving, rotating, the final save and the logs; of some again at random."""
     generator = random.Random(0)
     plans = [[(k, None)] + [(generator.randint(1, changes), None)] * (k % 4 == 0) for k in range(1, changes + 1)]
-    tally, hits = survive("changes of files", kill_servers, *four_steps, tmp_path, plans)
+    tally, hits = survive("changes of files", kill_servers, *four_steps, tmp_path, plans, UNROTATED)
     assert tally.clean(), tally.verdicts
-    assert hits.count(0) <= 2, hits  # a thread writes the curves: the last changes may be one more or fewer
+    assert all(hits[:-5]), hits  # a thread writes the curves: a run may make a few changes fewer
 
 
 @pytest.mark.slow
@@ -142,7 +145,7 @@ def test_kills_at_random_moments_cost_nothing(kill_servers, four_steps, tmp_path
     """B10: ten runs, each killed at random times until it has come to its end."""
     generator = random.Random(1)
     plans = [[(0, generator.uniform(0.1, 0.7)) for _ in range(12)] for _ in range(10)]
-    tally, _ = survive("random moments", kill_servers, *four_steps, tmp_path, plans)
+    tally, _ = survive("random moments", kill_servers, *four_steps, tmp_path, plans, UNROTATED)
     assert tally.clean() and tally.kills >= 10, tally.verdicts
 
 
