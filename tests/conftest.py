@@ -14,6 +14,8 @@ needs a program says need("ip"); one that takes more than ten seconds is marked 
 """
 
 import json
+import os
+import pty
 import shutil
 import socket
 import subprocess
@@ -400,6 +402,15 @@ def undisturbed(machine_flags, tmp_path_factory):
     MACHINE_TABLE["nothing"] = f"trained in {time.time() - began:.0f} s"
     hosts.close()
     return folder / "out"
+
+
+@pytest.fixture
+def keyboard():
+    """A terminal as its user has it, where Ctrl-C can be typed, and as a program has it."""
+    ends = pty.openpty()
+    yield ends
+    for end in ends:
+        os.close(end)
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ ended, is printed as a table at the end of the tests.
 import fcntl
 import functools
 import os
-import pty
 import re
 import shutil
 import signal
@@ -311,15 +310,6 @@ def on_terminal(terminal):
     """Arguments for Popen: a session of its own, with a terminal if one is given."""
     take = None if terminal is None else lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     return {"stdin": terminal, "start_new_session": True, "preexec_fn": take}
-
-
-@pytest.fixture
-def keyboard():
-    """A terminal as its user has it, where Ctrl-C can be typed, and as a program has it."""
-    ends = pty.openpty()
-    yield ends
-    for end in ends:
-        os.close(end)
 
 
 def gone(pids, seconds):
