@@ -72,18 +72,25 @@ def die_if(wrong, sentence):  # wrong: any value; what is true or not empty ends
     if wrong:  # saves an if and a line at each check
         die(sentence)  # with status 2: the call or the data is wrong
 
+def ending(error):  # → the SystemExit of die() or --help that error is, or that error has hidden; else None
+    while error and not isinstance(error, SystemExit):  # a signal may come while datasets has files to close
+        error = error.__context__  # what was on its way when a library raised an error of its own
+    return error  # reported() and others go on with it
+
 @contextmanager  # makes `with reported():` possible
 def reported():  # around the command line, the imports and main(): prints the sentence of die()
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
-    except SystemExit as end:  # from die(), or from --help, which has no sentence
+    except BaseException as error:  # a SystemExit, or what a library has raised while it passed through
+        if not (end := ending(error)):  # a fault that nothing here knows
+            raise  # Python prints the traceback
         sentence = getattr(end, "sentence", "")  # what the user reads; empty for --help
         if sentence and "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun names a file for each rank
             with suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as note:  # read by launch.py
                 json.dump({"message": sentence, "timestamp": int(time.time())}, note)  # in torchrun's format
         if sentence and end.speaks:  # one process a machine is enough
             print(f"\nmain.py: error: {sentence}", file=sys.stderr, flush=True)  # \n leaves a progress bar
-        raise  # Python ends with the exit status
+        raise end from None  # Python ends with the exit status
 
 def did_you_mean(name, names):  # → " (did you mean 'text'?)", or "" if none of names is similar
     close = difflib.get_close_matches(name, names, n=1)  # the nearest one, if at least 0.6 similar
@@ -333,7 +340,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
         try:  # a phase may fail on one rank only
             yield  # the phase runs here, and raises its error
         except (SystemExit, Exception) as error:  # die(), or a fault of this program
-            mine = error  # the other ranks hear of the error first
+            mine = ending(error) or error  # the other ranks hear of it first
         words = getattr(mine, "sentence", f"{type(mine).__name__}: {one_line(mine)}")  # else kind and words
         ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: no failure
         if isinstance(mine, Exception):  # no SystemExit
@@ -594,6 +601,7 @@ HUB_ERRORS = {  # pattern for an exception's kind or message: what to do about i
     "Invalid credentials": "cannot be had: the hub refuses your token; run hf auth login with a new one",  # a bad token
     "RepositoryNotFound|DatasetNotFound":  # a misspelt or a private name
     "cannot be found: the hub knows no such name; check {url} (if private: hf auth login)",
+    "HFValidationError": "is no directory here and cannot be a name on the hub: correct it",  # such as outputs/
     "ConnectionError|LocalEntryNotFound":  # the hub was tried for half a minute
     "is not in the cache and the hub cannot be reached: check the network, or give a local directory",
     r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'":  # an encoder-decoder, such as T5
@@ -605,6 +613,8 @@ def loaded(flag, name, load, *args, **named):  # → load(*args, **named), or a 
     try:  # the hub's libraries raise a dozen kinds of errors for a handful of reasons
         return load(*args, **named)  # from the hub, its cache or a directory
     except Exception as error:  # no SystemExit, by which a signal ends the run
+        if ending(error):  # a signal has come, and the library has failed because of it
+            raise  # reported() finds the signal's sentence
         words = one_line(" ".join(traceback.format_exception(error, limit=0)))  # all errors in the chain
         path = f"/datasets/{name}" if flag == "--dataset_name" else f"/{name}"  # of the page with the terms
         url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + path  # of the page to open
@@ -1173,6 +1183,8 @@ def train_and_save(trainer, run, resume):  # train, evaluate, publish; a kill an
         save_results(trainer, "eval", trainer.evaluate())  # of the weights that are published
     save_results(trainer, "train", metrics)  # speed and loss of all calls
     if run.ranks.rank == 0:  # rank 0 writes and renames for all
+        keep = {trainer.state.best_model_checkpoint, run.chosen}  # never deleted, however old
+        rotate(run.output_dir, trainer.args.save_total_limit, keep)  # a kill may have left one too many
         trainer.state.best_model_checkpoint = None  # the model needs none of the checkpoints
         trainer.state.save_to_json(join(staging, "trainer_state.json"))  # the log of the whole run
         write_manifest(staging, run)  # checksums, and fsync of every file

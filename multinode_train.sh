@@ -21,7 +21,7 @@ training=(--dataset_name wikitext --bf16)  # main.py's flags where none are give
 here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)  # absolute: users may call from anywhere
 node=$here/run_node${1:-0}.sh  # the guide shows the main machine's settings
 [ -f "$node" ] || node=$here/run_node1.sh  # no script bears the rank of a third machine
-eval "$(grep -E '^(export )?(MAIN_NODE_IP|GPUS|TOTAL_GPUS)=' "$node")"  # runs only these lines of the script
+eval "$(grep -E '^ *(export )?(MAIN_NODE_IP|GPUS|TOTAL_GPUS)=' "$node")"  # runs only these lines of the script
 
 # ── Guide ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -60,6 +60,10 @@ TEXT
 launch() {  # takes the rank of this machine and flags of main.py
     export NODE=$1  # the rank: launch.py finds out whether it is a number
     shift  # leaves main.py's flags
+    case " $* " in *" --output_dir"[\ =]* | *" --output-dir"[\ =]*)  # OUTPUT_DIR would silently replace it
+        echo "multinode_train.sh: set OUTPUT_DIR=DIRECTORY instead of --output_dir" >&2  # one sentence
+        exit 2 ;;  # the status of a wrong call
+    esac
     (($# == 0)) || training=("$@")  # given flags replace the example
     export MAIN_NODE_IP MAIN_PORT NUM_MACHINES GPUS TOTAL_GPUS OUTPUT_DIR NODE_WAIT MAX_RETRIES  # launch.py checks them
     export CUDA_VISIBLE_DEVICES=$GPUS  # the processes see these GPUs as 0, 1 and so on
@@ -67,10 +71,10 @@ launch() {  # takes the rank of this machine and flags of main.py
     [ ! -x "$here/.venv/bin/python" ] || PATH=$here/.venv/bin:$PATH  # made by the quickstart or the tests
     local python=python  # its name in every virtual environment
     command -v python >/dev/null || python=python3  # Debian and Ubuntu have no other name
-    exec "$python" "$here/tools/launch.py" "${training[@]}" --output_dir "$OUTPUT_DIR"  # gets the signals, too
+    exec "$python" "$here/tools/launch.py" "${training[@]}" --output_dir "$OUTPUT_DIR"  # launch.py gets the signals
 }
 
-if (($# == 0)); then  # no rank is given
+if (($# == 0)) || [[ $1 =~ ^(-h|--help)$ ]]; then  # no rank is given
     guide  # ends with status 0
 else  # a rank, perhaps flags of main.py
     launch "$@"  # does not return

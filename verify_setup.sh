@@ -6,31 +6,45 @@
 #     bash verify_setup.sh 1            on the other one, with the settings of run_node1.sh
 #     bash verify_setup.sh --model DIR  with that model instead of google/gemma-3-270m
 set -euo pipefail  # a step that fails ends the script
-here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)  # in full, whatever directory calls
+here=$(CDPATH='' cd -- "$(dirname -- "${BASH_SOURCE[0]}")" && pwd)  # absolute: users may call from anywhere
 
-export SEVERAL=no GPUS_GIVEN=${GPUS:+yes}  # GPUs that were asked for must exist; 2,3 is only a default
-[ "${NUM_MACHINES:-1}${MAIN_NODE_IP:-}" = 1 ] || SEVERAL=yes  # one of the two is set: several machines are meant
+export SEVERAL=no  # several machines: a fault of the network is a FAIL
+[ "${NUM_MACHINES:-1}${MAIN_NODE_IP:-}" = 1 ] || SEVERAL=yes  # a setting of several machines is there
 [ "${NUM_MACHINES:-}" != 1 ] || SEVERAL=no  # one machine, even if it has an address
 node=0  # whose settings count: run_node0.sh
 for word in "$@"; do  # a number is the rank of this machine among several
-    if [[ $word =~ ^[0-9]+$ ]]; then  # what is wrong with the network or the GPUs is a FAIL then
-        SEVERAL=yes GPUS_GIVEN=yes node=$((word > 0))  # a third machine has the settings of run_node1.sh
+    if [[ $word =~ ^[0-9]+$ ]]; then  # a rank: the machine's script chooses its GPUs
+        SEVERAL=yes node=$((word > 0))  # a third machine has the settings of run_node1.sh
     fi
 done
-eval "$(grep -E '^export (MAIN_NODE_IP|GPUS|TOTAL_GPUS)=' "$here/run_node$node.sh")"  # the environment goes before them
-export MAIN_PORT=${MAIN_PORT:-29500} NUM_MACHINES=${NUM_MACHINES:-2}  # as in multinode_train.sh
-export MODEL=${MODEL:-google/gemma-270m}  # as in main.py
-OUTPUT=./outputs  # where main.py writes by itself
-[ "$SEVERAL" = no ] || OUTPUT=/shared/outputs/gemma-270m  # as in multinode_train.sh
-export OUTPUT_DIR=${OUTPUT_DIR:-$OUTPUT} PYTHONSAFEPATH=1 GONE=""  # no torch.py of the current directory is imported
+[ "$SEVERAL" = yes ] || GPUS=${GPUS:-${CUDA_VISIBLE_DEVICES:-}}  # chooses where no launcher does
+export GPUS_GIVEN=${GPUS:+yes}  # GPUs that were asked for must exist
+[ "$SEVERAL" = no ] || GPUS_GIVEN=yes  # also those of a machine's script
 
-[ ! -x "$here/.venv/bin/python" ] || PATH="$here/.venv/bin:$PATH"  # made by the quickstart or the tests
-if ! python=$(command -v python || command -v python3); then  # a bare machine
-    echo "FAIL  Python            there is none -> install Python 3.10 or newer, with venv and pip"  # as a check
+names='MAIN_NODE_IP|GPUS|TOTAL_GPUS|MAIN_PORT|NUM_MACHINES|OUTPUT_DIR'  # settings of several machines
+own=${OUTPUT_DIR:-./outputs}  # where main.py writes by itself
+eval "$(grep -hE "^ *(export )?($names)=" "$here/run_node$node.sh" "$here/multinode_train.sh")"  # the environment wins
+[ "$SEVERAL" = yes ] || OUTPUT_DIR=$own  # a single machine needs no shared storage
+for name in ${names//|/ }; do  # people edit the scripts
+    if [ -z "${!name:-}" ]; then  # a line was removed, or has spaces around =
+        echo "verify_setup.sh: no script sets $name: write export $name=VALUE into run_node$node.sh" >&2  # stderr
+        exit 2  # a wrong call
+    fi
+    export "${name?}"  # preflight.py reads the environment
+done
+export MODEL=${MODEL:-google/gemma-270m}  # as in main.py
+
+for python in "$here/.venv/bin/python" python python3 none; do  # the first one that is new enough
+    ! "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null || break  # transformers needs 3.10
+done
+if [ "$python" = none ]; then  # preflight.py itself would end with a SyntaxError
+    found=$(python3 --version 2>/dev/null || echo "there is none")  # such as Python 3.9.18
+    echo "FAIL  Python            $found -> install Python 3.10 or newer, with venv and pip"  # in the form of a check
     echo "0 passed, 0 warnings, 1 failed: mend what FAILs, then run this again"  # as preflight.py would
     exit 1  # the status of any FAIL
 fi
-if ! [ . -ef "$PWD" ]; then  # the current directory was removed, perhaps made anew
+export GONE=""  # the current directory, if it is gone
+if ! [ . -ef "$PWD" ]; then  # it was removed, perhaps made anew
     GONE=$PWD  # one of the checks says so
     cd /  # Python cannot even start where no directory is
 fi

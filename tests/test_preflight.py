@@ -6,6 +6,7 @@ Most runs put a torch that cannot be imported in front of the real one: that is 
 import os
 import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -111,6 +112,7 @@ def test_without_python_there_is_one_line(tmp_path):
     """V1, V6: a bare machine is told what to install."""
     shutil.copy(ROOT / "verify_setup.sh", tmp_path)
     shutil.copy(ROOT / "run_node0.sh", tmp_path)
+    shutil.copy(ROOT / "multinode_train.sh", tmp_path)
     for name in ("dirname", "grep"):
         (tmp_path / name).symlink_to(shutil.which(name))
     done = verify(env={"PATH": tmp_path}, script=tmp_path / "verify_setup.sh")
@@ -126,21 +128,56 @@ def test_a_wrong_argument_is_one_sentence(argv):
     assert done.stderr.startswith("verify_setup.sh: ") and "--help" in done.stderr
 
 
-def test_the_settings_of_a_node_are_those_of_its_script(no_torch, tmp_path):
-    """V5, N1: `verify_setup.sh RANK` takes the address and the GPUs at the top of that machine's script, as edited."""
-    for path in ("verify_setup.sh", "requirements.txt", "run_node0.sh", "run_node1.sh", "tools/preflight.py"):
-        (tmp_path / path).parent.mkdir(exist_ok=True)
+SCRIPTS = ("verify_setup.sh", "multinode_train.sh", "run_node0.sh", "run_node1.sh", "tools/preflight.py", "main.py")
+
+
+def edited(folder, **changes):
+    """Copy the scripts to a folder, with changes {name of a setting: its line in run_node1.sh, multinode_train.sh}."""
+    (folder / "tools").mkdir()
+    shutil.copy(ROOT / "requirements.txt", folder)
+    for path in SCRIPTS:
         text = (ROOT / path).read_text()
-        if path == "run_node1.sh":
-            assert "192.168.1.100" in text and "2,3" in text
-            text = text.replace("192.168.1.100", "127.0.0.1").replace("2,3", "5")
-        (tmp_path / path).write_text(text)
-    env = no_torch | {"OUTPUT_DIR": tmp_path, "HF_HUB_OFFLINE": "1"}
-    done = verify("1", env=env, script=tmp_path / "verify_setup.sh")
-    expect(done, "main node", "FAIL", "127.0.0.1 is this machine, which has rank 1", "correct MAIN_NODE_IP")
-    done = verify("0", env=env | {"MAIN_NODE_IP": "127.0.0.1"}, script=tmp_path / "verify_setup.sh")
-    expect(done, "main node", "WARN", "127.0.0.1 is loopback")
-    expect(done, "launch settings", "PASS", "2 machines with 2 processes each")
+        for name, line in changes.items():
+            if path in ("run_node1.sh", "multinode_train.sh"):
+                text = re.sub(rf"^(export )?{name}=.*", line, text, flags=re.M)
+        (folder / path).write_text(text)
+    return folder / "verify_setup.sh"
+
+
+def test_the_settings_of_a_machine_are_those_of_its_scripts(no_torch, tmp_path):
+    """V5, N1: `verify_setup.sh RANK` takes what was edited at the top of the scripts, with or without export."""
+    port = free_port()
+    script = edited(tmp_path, MAIN_NODE_IP='export MAIN_NODE_IP="127.0.0.1"  # ours', TOTAL_GPUS="TOTAL_GPUS=9",
+                    MAIN_PORT=f"MAIN_PORT={port}", NUM_MACHINES="  NUM_MACHINES=3")  # fmt: skip
+    env = no_torch | {"OUTPUT_DIR": tmp_path, "HF_HUB_OFFLINE": "1", "MAIN_PORT": None}
+    done = verify("2", env=env, script=script)
+    expect(done, "main node", "FAIL", "127.0.0.1 is this machine, which has rank 2", "correct MAIN_NODE_IP")
+    expect(done, "launch settings", "PASS", "3 machines with 3 processes each")
+    done = verify("0", env=env | {"MAIN_NODE_IP": "127.0.0.1", "TOTAL_GPUS": 6}, script=script)
+    expect(done, "main port", "PASS", f"{port} is free")
+    expect(done, "launch settings", "PASS", "3 machines with 2 processes each")
+
+
+def test_a_setting_that_is_no_setting_any_more_is_one_sentence(tmp_path):
+    """V6: spaces around =, or a line that was removed."""
+    done = start("1", script=edited(tmp_path, GPUS="export GPUS = 0,1"))
+    assert done.returncode == 2 and done.stdout == "" and "GPUS" in done.stderr, done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing_behind(number, tmp_path):
+    """V6: neither files nor processes, while main.py and the workers are at work."""
+    need("pgrep")
+    env = {"TMPDIR": str(tmp_path), "OUTPUT_DIR": str(tmp_path), "PATH": PATH, "MODEL": str(tmp_path), "HOME": "/"}
+    command = ["bash", ROOT / "verify_setup.sh"]
+    process = subprocess.Popen(command, env=env, stdout=-1, text=True, start_new_session=True)
+    for line in process.stdout:
+        if " requirements.txt " in line:  # of the first package: the slow checks have begun
+            break
+    process.send_signal(number)
+    process.communicate(timeout=20)
+    assert process.returncode == 128 + number and list(tmp_path.iterdir()) == []
+    assert subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout == ""
 
 
 # ── Packages ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -149,7 +186,7 @@ def test_the_settings_of_a_node_are_those_of_its_script(no_torch, tmp_path):
 def test_versions_are_compared_with_requirements(no_torch, tmp_path):
     """V3: older or missing is FAIL, newer is WARN, each with the pip command; comments are no requirements."""
     (tmp_path / "tools").mkdir()
-    for name in ("verify_setup.sh", "run_node0.sh", "tools/preflight.py"):
+    for name in ("verify_setup.sh", "multinode_train.sh", "run_node0.sh", "tools/preflight.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     wanted = ["transformers~=99.1.0  # soon", "datasets==1.0", "no-such-package-here==1", "# accelerate==0", "torch>=1"]
     (tmp_path / "requirements.txt").write_text("\n".join(wanted))
@@ -230,6 +267,16 @@ def test_a_gpu_that_cannot_compute_fails(tmp_path):
     expect(done, "chosen GPUs", "FAIL", "1: ", "not compiled with CUDA")
     expect(done, "all-reduce", "FAIL")
     expect(verify(env=env | {"GPUS": "0, 1"}), "chosen GPUs", "FAIL", "'0, 1'", "export GPUS=0,1")
+
+
+def test_a_build_of_torch_that_cannot_use_the_gpus_fails(tmp_path):
+    """V1: the commonest fault of an installation; driver and build are both named."""
+    if subprocess.run([sys.executable, "-c", "import torch; assert not torch.version.cuda"], check=False).returncode:
+        pytest.skip("this build of torch may find a real GPU")
+    (tmp_path / "nvidia-smi").write_text("#!/bin/sh\necho 550.54.15\n")
+    (tmp_path / "nvidia-smi").chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{PATH}", "OUTPUT_DIR": tmp_path, "CUDA_VISIBLE_DEVICES": None, "HF_HUB_OFFLINE": "1"}
+    expect(verify(env=env), "CUDA", "FAIL", "built without CUDA", "driver is 550.54.15", "pytorch.org")
 
 
 def test_an_all_reduce_that_cannot_work_fails(tmp_path):
@@ -460,7 +507,7 @@ def test_the_verdict_on_a_model_is_that_of_main_py(case, words, hub, tiny, tmp_p
     model = spoil(case, tiny, tmp_path / "model")
     files = {path.name: path.read_bytes() for path in tmp_path.glob("model/*")}
     hub.requests.clear()
-    (finding,) = preflight.model_verdict(str(model), preflight.start_trial(str(model), "", made(tmp_path / "try")), 60)
+    (finding,) = preflight.model_verdict(str(model), preflight.start_trial(str(model), made(tmp_path / "try")), 60)
     assert finding.status == words[0] and all(word in finding.found for word in words[1:]), finding
     assert hub.requests == [] and files == {path.name: path.read_bytes() for path in tmp_path.glob("model/*")}
     flags = ["--do_eval", "--validation_file", tmp_path / "try/text.txt", "--max_seq_length", 8, "--no_truncation"]

@@ -23,7 +23,7 @@ Every option of [`transformers.TrainingArguments`](https://huggingface.co/docs/t
 beside these: `--max_steps 1000`, `--lr_scheduler_type cosine`, `--dataloader_num_workers 4`, `--torch_compile` and
 others. These are refused, as each would break a promise of the README:
 
-| flag | it |
+| flag | because it |
 |---|---|
 """)
 

@@ -74,15 +74,17 @@ FINAL = (2, 130, 143)  # a wrong call, Ctrl-C, SIGTERM: MAX_RETRIES does not try
 def check(gpus, output_dir):  # on this machine alone, in 0.1 seconds
     """Find what is wrong on this machine. gpus, output_dir (str): the settings. Raises: SystemExit(2)."""
     die_if(RANK >= MACHINES, f"rank {RANK} needs NUM_MACHINES={RANK + 1} or more, on every machine")  # ranks begin at 0
+    die_if(not 1 <= PORT <= 65535, f"MAIN_PORT={PORT} is no port: choose one from 1 to 65535")  # 0 would be any port
     uneven = TOTAL < 1 or TOTAL % MACHINES  # accelerate would start fewer without a word
-    die_if(uneven, f"TOTAL_GPUS={TOTAL} cannot be shared evenly by NUM_MACHINES={MACHINES}")  # each starts as many
+    die_if(uneven, f"TOTAL_GPUS={TOTAL} cannot be shared evenly by NUM_MACHINES={MACHINES}")  # a rest
     each = TOTAL // MACHINES  # processes on this machine
     form = re.fullmatch("[A-Za-z0-9/-]+(,[A-Za-z0-9/-]+)*", gpus)  # numbers, or names such as GPU-8d7d
     die_if(not form, f"GPUS is a list such as 2,3, not '{gpus}'")  # spaces, a stray comma
 
     listed = ""  # stays empty without an NVIDIA driver
-    with contextlib.suppress(OSError, subprocess.CalledProcessError):  # no nvidia-smi, or no driver for it
-        listed = subprocess.run(["nvidia-smi", "-L"], check=True, capture_output=True, text=True).stdout  # a line a GPU
+    with contextlib.suppress(OSError, subprocess.SubprocessError):  # no nvidia-smi, no driver for it, or a hang
+        ask = {"check": True, "capture_output": True, "text": True, "timeout": 60}  # seconds: a broken driver hangs
+        listed = subprocess.run(["nvidia-smi", "-L"], **ask).stdout  # a line for each GPU
     count = len(re.findall("^GPU ", listed, re.MULTILINE))  # lines of MIG parts are indented
     FACTS["DEVICE"] = "GPU" if count else "CPU"  # NCCL and gloo cannot train together
     if not count:  # a trial, or a driver that does not work
@@ -192,12 +194,14 @@ def host():  # on the main machine
                 continue  # as if nobody had come
             if sentence:  # these machines cannot train together
                 for other in (link, *links.values()):  # links lacks the one that came last
-                    other.sendall(sentence.encode())  # join() prints it and ends
+                    with contextlib.suppress(OSError):  # a machine that has gone needs no answer
+                        other.sendall(sentence.encode())  # join() prints it and ends
                 die(sentence)  # all machines say the same
             links[theirs["rank"]] = link  # replaces that of a machine that was started anew
             here[theirs["rank"]] = place  # the rank at another address will be noticed
     for link in links.values():  # all machines are here
-        link.sendall(b"go")  # ends the waiting in join()
+        with contextlib.suppress(OSError):  # torch notices a machine that goes just now
+            link.sendall(b"go")  # ends the waiting in join()
     server.close()  # PORT is free for torch's store
     return links  # stay open for Watch
 
@@ -219,6 +223,8 @@ def join():  # on the other machines
                 die_if(answer, answer)  # what is wrong with one of the machines
         except OSError as error:  # refused, no route, unknown name, silence
             way = "start run_node0.sh there, and check MAIN_NODE_IP, MAIN_PORT and its firewall"  # likeliest first
+            if "torch" in sys.modules:  # the second meeting
+                way = "that machine was there, and still loads torch or has ended"  # nothing to do yet
             patience(f"{ADDRESS}:{PORT} {state} ({cause(error)}); {way}")  # ends after NODE_WAIT
         time.sleep(1)  # before the next attempt
 
@@ -381,6 +387,7 @@ def train(watch, flags):  # in the main thread, for torch's signal handlers
     from torch.distributed.elastic.multiprocessing.api import SignalException  # SIGTERM or Ctrl-C has come
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError  # main.py has failed
 
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "120")  # seconds for a step and a save; torch has 30
     counts = f"--num_machines {MACHINES} --num_processes {TOTAL} --machine_rank {RANK}"  # processes of all machines
     store = f"--main_process_port {PORT} --rdzv_conf timeout=60"  # seconds: all machines have just met
     fixed = "--gpu_ids all --multi_gpu --mixed_precision no --dynamo_backend no"  # whatever `accelerate config` says

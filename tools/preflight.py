@@ -12,19 +12,21 @@ evaluates a few tokens with the model: what it says there is what it would say i
 """
 import argparse  # the command line
 import importlib.metadata  # versions of packages, without importing them
-import json  # what the processes on the GPUs tell
+import json  # answers of the worker processes
 import os  # settings come in the environment
 import re  # GPUS and numbers are checked by their form
+import shlex  # quotes a path for the shell
 import shutil  # free space
 import signal  # Ctrl-C
 import socket  # tries ports and addresses
 import subprocess  # nvidia-smi, ip, df, and the two slow checks
 import sys  # exit status
+import sysconfig  # who manages this Python's packages
 import tempfile  # trial files that leave no trace
 import threading  # gives up what never answers
 import time  # one deadline for all processes
 from collections import namedtuple  # a finding
-from contextlib import suppress  # errors that another check speaks of
+from contextlib import suppress  # packages() speaks of a missing library
 from dataclasses import dataclass  # the settings
 from datetime import timedelta  # how torch takes a timeout
 from functools import partial  # PASS, WARN and FAIL
@@ -33,11 +35,14 @@ from pathlib import Path  # files beside this one
 HERE = Path(__file__).resolve().parent.parent  # where main.py and requirements.txt are
 CHECKPOINT = 3.2e9  # bytes: float32 weights and Adam's two moments of 268 million parameters
 ALIASES = {"google/gemma-270m": "google/gemma-3-270m"}  # as in main.py: the hub has no such short name
-INSTALL = f"{sys.executable} -m pip install -r {HERE / 'requirements.txt'}"  # can be pasted
-NETWORK_DISKS = "nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|sshfs|9p|virtiofs|afs|ocfs2|gfs2|weka|panfs|juicefs"  # df
+MANAGED = Path(sysconfig.get_path("stdlib"), "EXTERNALLY-MANAGED").exists() and sys.prefix == sys.base_prefix  # Debian
+VENV = f"{sys.executable} -m venv {HERE}/.venv && {HERE}/.venv/bin/python"  # verify_setup.sh prefers .venv
+INSTALL = f"{VENV if MANAGED else sys.executable} -m pip install -r {HERE / 'requirements.txt'}"  # can be pasted
+NETWORK_DISKS = "nfs|cifs|smb|lustre|gpfs|beegfs|ceph|gluster|sshfs|9p|virtiofs|afs|ocfs2|gfs2|weka|juicefs"  # by df
 GPU_LIST = r"(\d+|(GPU|MIG)-[\w/-]+)(,(\d+|(GPU|MIG)-[\w/-]+))*"  # numbers, or the names of nvidia-smi -L
-TRIAL = "--do_eval --max_seq_length 8 --no_truncation --per_device_eval_batch_size 1 --report_to none".split()  # flags
+TRIAL = "--do_eval --no_truncation --max_seq_length 8 --per_device_eval_batch_size 1 --report_to none"  # a few tokens
 
+STARTED = []  # processes of begin()
 Finding = namedtuple("Finding", "status name found remedy", defaults=[""])  # a line of the report, all of it str
 ok, warn, fail = (partial(Finding, status) for status in ("PASS", "WARN", "FAIL"))  # warn(name, found, remedy)
 
@@ -55,7 +60,7 @@ class Settings:  # the variables of multinode_train.sh, as text: they may be mis
     model: str  # a hub name or a directory
 
 def stop(words):  # words (str): what is wrong with the call
-    print(f"verify_setup.sh: {words}; see bash verify_setup.sh --help", file=sys.stderr)  # as main.py does it
+    print(f"verify_setup.sh: {words}; see bash verify_setup.sh --help", file=sys.stderr)  # one sentence
     sys.exit(2)  # the status of a wrong call
 
 def read_settings(argv=None):  # argv: list of str, or None for the process's own words
@@ -63,20 +68,20 @@ def read_settings(argv=None):  # argv: list of str, or None for the process's ow
     env = os.environ  # verify_setup.sh has filled in the defaults
     parser = argparse.ArgumentParser("bash verify_setup.sh", description=__doc__.splitlines()[0])  # --help
     parser.error = stop  # one sentence instead of the usage
-    parser.add_argument("rank", nargs="?", type=int, help="of this machine among several: 0 or 1")  # several are meant
-    parser.add_argument("--model", default=env["MODEL"], help="hub name or directory")  # that main.py will get
+    parser.add_argument("rank", nargs="?", type=int, help="of this machine among several: 0 or 1")  # or 2
+    parser.add_argument("--model", default=env["MODEL"], help="hub name or directory")  # for main.py
     args = parser.parse_args(argv)  # --help ends here
     model = os.path.expanduser(args.model) or stop("--model needs a name or a directory")  # ~/models/gemma
     return Settings(  # in the order of its fields
-        args.rank, env["SEVERAL"] == "yes", env["MAIN_NODE_IP"], env["MAIN_PORT"], env["NUM_MACHINES"],  # unchecked
-        env["GPUS"].split(","), bool(env["GPUS_GIVEN"]), env["TOTAL_GPUS"], env["OUTPUT_DIR"],  # unchecked
+        args.rank, env["SEVERAL"] == "yes", env["MAIN_NODE_IP"], env["MAIN_PORT"], env["NUM_MACHINES"],  # still text
+        env["GPUS"].split(","), bool(env["GPUS_GIVEN"]), env["TOTAL_GPUS"], env["OUTPUT_DIR"],  # still text
         ALIASES.get(model, model))  # the name that the hub knows
 
 # ── Tools of the checks ────────────────────────────────────────────────────────────────────────────
 def attempt(check, *args):  # around each check
     """Yield the findings of check(*args); an exception becomes a FAIL, so that it hides no other check."""
     try:  # odd systems, libraries of any version
-        yield from check(*args)  # one finding after the other
+        yield from check(*args)  # a check may yield several
     except Exception as error:  # not foreseen by the check
         words = f"the check itself broke: {type(error).__name__}: {error}"  # Python's words
         yield fail(check.__name__, words, "mend that, or judge this point yourself")  # the others go on
@@ -84,91 +89,94 @@ def attempt(check, *args):  # around each check
 def within(seconds, function, *args):  # for name servers, the hub and dead network disks
     """Return function(*args), or raise what it raises. Raises: TimeoutError after so many seconds."""
     box = {}  # holds "result" or "error" when the thread is done
-    def work():  # in a thread
+    def work():  # runs beside the main thread
         try:  # an exception belongs to the caller
             box["result"] = function(*args)  # may be None
         except Exception as error:  # raised again below
             box["error"] = error  # with the traceback of the thread
     thread = threading.Thread(target=work, daemon=True)  # Python does not wait for a daemon at its end
-    thread.start()  # beside this thread
+    thread.start()  # the main thread goes on
     thread.join(seconds)  # until it is done, or the time is over
     if "result" not in box:  # it failed, or still waits
         raise box.get("error", TimeoutError(f"no answer in {seconds} s"))  # a TimeoutError is an OSError
-    return box["result"]  # in time
+    return box["result"]  # the answer came in time
 
 def output_of(*command):  # of a program that not every machine has
     """Return what a command prints, or "" if it is missing, fails or takes over five seconds."""
     try:  # containers often lack ip and nvidia-smi
-        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()  # text
+        return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()  # 5 s
     except (OSError, subprocess.SubprocessError):  # missing; failed or too slow
         return ""  # callers say "unknown", or have another way
 
+def begin(gpus, *command):  # beside the other checks
+    """Start Python with a command (str or Path). gpus (str): what it sees, "" for none. Returns: the process."""
+    settings = os.environ | {"CUDA_VISIBLE_DEVICES": gpus, "HF_HUB_OFFLINE": "1"}  # nothing is downloaded
+    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # read when its check's turn has come
+    STARTED.append(subprocess.Popen([sys.executable, *command], env=settings, **pipes))  # main() ends what is left
+    return STARTED[-1]  # runs already
+
 def whole(text, most):  # for settings, which are text
     """Return text as an int from 1 to most, or None."""
-    return int(text) if re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= most else None  # no sign, no point
+    return int(text) if re.fullmatch("[0-9]{1,9}", text) and 1 <= int(text) <= most else None  # -1 and 2.0 give None
 
 # ── Python, packages, GPUs ─────────────────────────────────────────────────────────────────────────
-def python_version():  # transformers 5 cannot be installed on older ones
-    found = f"{sys.version.split()[0]}, {sys.executable}"  # which Python it is surprises many
-    new = sys.version_info >= (3, 10)  # the strictest wish among the packages
-    old = fail("Python", found, "make .venv with a newer one: python3.12 -m venv .venv")  # verify_setup.sh finds it
-    yield ok("Python", found) if new else old  # one of the two
+def python_version():  # verify_setup.sh has refused one that is too old
+    yield ok("Python", f"{sys.version.split()[0]}, {sys.executable}")  # which Python it is surprises many
 
 def packages():  # other versions than those of requirements.txt were not tested together
     try:  # not at the top: a fresh machine lacks it
         from packaging.requirements import Requirement  # a package that transformers needs
         from packaging.version import Version  # knows that 5.10 is newer than 5.9
     except ImportError:  # so transformers is missing, too
-        yield fail("packages", "those of requirements.txt are not installed", INSTALL)  # all of them
+        yield fail("packages", "those of requirements.txt are not installed", INSTALL)  # pip installs all at once
         return  # nothing to compare
     lines = [line.partition("#")[0].strip() for line in open(HERE / "requirements.txt", encoding="utf-8")]  # or ""
     for wanted in map(Requirement, filter(None, lines)):  # such as transformers~=5.23.0
         try:  # asks the installation, imports nothing
             have = importlib.metadata.version(wanted.name)  # such as 5.23.0
         except importlib.metadata.PackageNotFoundError:  # half an installation
-            yield fail(wanted.name, f"not installed; requirements.txt asks for {wanted}", INSTALL)  # installs all
+            yield fail(wanted.name, f"not installed; requirements.txt asks for {wanted}", INSTALL)  # pip installs all
             continue  # no version to compare
-        older = Version(have) < min(Version(part.version) for part in wanted.specifier)  # lacks what main.py uses
+        older = Version(have) < min(Version(part.version) for part in wanted.specifier)  # it lacks what main.py uses
         if wanted.specifier.contains(have, prereleases=True):  # 2.13.0+cpu is a 2.13.0
             yield ok(wanted.name, f"{have}, as requirements.txt asks: {wanted.specifier}")  # tested together
-        else:  # a newer one may work
-            words = f"{have} is {'older' if older else 'newer'} than what was tested: {wanted.specifier}"  # both
-            yield (fail if older else warn)(wanted.name, words, INSTALL)  # the tested ones
+        else:  # newer ones may work, older ones not
+            words = f"{have} is {'older' if older else 'newer'} than what was tested: {wanted.specifier}"  # says both
+            yield (fail if older else warn)(wanted.name, words, INSTALL)  # pip brings the tested versions
 
 def cuda(torch, count):  # torch: the module; count: GPUs that it can use
     drivers = output_of("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split()  # one for each GPU
     if count:  # driver and build fit
-        yield ok("CUDA", f"{torch.version.cuda}{f', driver {drivers[0]}' if drivers else ''}")  # torch's own CUDA
+        yield ok("CUDA", f"{torch.version.cuda}{f', driver {drivers[0]}' if drivers else ''}")  # of torch's build
         gpus = map(torch.cuda.get_device_properties, range(count))  # in the order that GPUS counts
         names = [f"{index}: {gpu.name} ({gpu.total_memory / 1e9:.0f} GB)" for index, gpu in enumerate(gpus)]  # from 0
         yield ok("GPUs", f"{count}, {', '.join(names)}")  # GPUS chooses among these
-    elif drivers and os.environ.get("CUDA_VISIBLE_DEVICES") != "":  # the training would silently take the CPU
-        build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"  # by pip
+    elif drivers and os.environ.get("CUDA_VISIBLE_DEVICES") != "":  # else the CPU would train
+        build = f"is built for CUDA {torch.version.cuda}" if torch.version.cuda else "is built without CUDA"  # pip's
         words = f"PyTorch cannot use the {len(drivers)} GPUs here: it {build}, the driver is {drivers[0]}"  # both sides
-        yield fail("CUDA", words, "install the build for this driver: https://pytorch.org/get-started/locally")  # torch
+        yield fail("CUDA", words, "install the build for this driver: https://pytorch.org/get-started/locally")  # anew
     else:  # a laptop, a driver that is missing, or CUDA_VISIBLE_DEVICES is empty
         hidden = "CUDA_VISIBLE_DEVICES is empty, which hides all GPUs" if drivers else "nvidia-smi lists no GPU"  # why
-        yield warn("CUDA", f"{hidden}: training works on the CPU, slowly", "if there is one, let it be seen")  # driver
+        remedy = "for a GPU install NVIDIA's driver, or unset CUDA_VISIBLE_DEVICES"  # whichever is missing
+        yield warn("CUDA", f"{hidden}: training works on the CPU, slowly", remedy)  # no FAIL: it may be meant
 
-def usable_gpus(settings, count):  # count: GPUs that torch can use
-    """Return the chosen GPUs (list of str) that exist; where 2,3 is only a script's default, as many other ones."""
-    if not count or not re.fullmatch(GPU_LIST, ",".join(settings.gpus)):  # no GPU, or a list that means nothing
-        return []  # nothing is tried on a GPU
-    there = [gpu for gpu in settings.gpus if not gpu.isdigit() or int(gpu) < count]  # or names of nvidia-smi -L
-    others = [str(index) for index in range(min(count, len(settings.gpus)))]  # main.py would take the first
-    return there if settings.wished or there == settings.gpus else others  # empty: the CPU
-
-def chosen_gpus(settings, count):  # count: GPUs that torch can use
+def choose(settings, count):  # count: GPUs that torch can use
+    """Return (GPUs to try: list of str, None or the Finding on GPUS)."""
     text = ",".join(settings.gpus)  # as it was typed
+    first = [str(index) for index in range(min(count, len(settings.gpus)))]  # as many as were wished
     missing = [gpu for gpu in settings.gpus if gpu.isdigit() and int(gpu) >= count]  # GPUS counts from 0
     if not re.fullmatch(GPU_LIST, text):  # spaces, words
-        yield fail("chosen GPUs", f"GPUS={text!r} is no list such as 0,1", "export GPUS=0,1")  # also without spaces
-    elif not count:  # multinode_train.sh trains on the CPUs then
-        yield warn("chosen GPUs", f"GPUS={text}, but no GPU can be used: the CPU trains", "see the lines above")  # why
-    elif missing:  # this machine has GPUs, but other ones
-        words = f"GPUS={text}: there is no GPU {', '.join(missing)} among the {count} here"  # numbers start at 0
-        these = ",".join(map(str, range(min(count, len(settings.gpus)))))  # as many as wished
-        yield (fail if settings.wished else warn)("chosen GPUs", words, f"export GPUS={these}")  # 2,3 may be a default
+        return [], fail("chosen GPUs", f"GPUS={text!r} is no list such as 0,1", "export GPUS=0,1")  # nothing is tried
+    if not count:  # multinode_train.sh trains on the CPUs then
+        words = f"GPUS={text}, but no GPU can be used: the CPU trains"  # the line before says why
+        return [], warn("chosen GPUs", words, "see the line CUDA")  # no GPU is needed for a trial
+    if not missing:  # computing() has the verdict
+        return settings.gpus, None  # as wished
+    default = ", the default" * (not settings.wished)  # of a script, if nobody asked for it
+    words = f"GPUS={text}{default}: there is no GPU {', '.join(missing)} among the {count} here"  # GPUS counts from 0
+    finding = (fail if settings.wished else warn)("chosen GPUs", words, f"export GPUS={','.join(first)}")  # both ways
+    there = [gpu for gpu in settings.gpus if gpu not in missing]  # may be empty: nothing is tried
+    return there if settings.wished else first, finding  # main.py would take the first ones
 
 # ── Output directory ───────────────────────────────────────────────────────────────────────────────
 def try_to_write(folder):  # the system decides, not the permission bits
@@ -181,7 +189,7 @@ def try_to_write(folder):  # the system decides, not the permission bits
     return place  # OUTPUT_DIR, or where it will be made
 
 def output_directory(settings):  # permission, space, shared storage
-    if os.environ.get("GONE"):  # verify_setup.sh has noticed it
+    if os.environ.get("GONE"):  # the current directory was removed
         words = f"the current directory {os.environ['GONE']} is gone"  # perhaps made anew: a shell stays in the old one
         yield fail("output directory", words, "cd to one that exists")  # cd . may be enough
         return  # OUTPUT_DIR may be relative to it
@@ -191,21 +199,22 @@ def output_directory(settings):  # permission, space, shared storage
         place = within(5, try_to_write, folder)  # a dead NFS server never answers
     except (OSError, ValueError) as error:  # no permission, read-only, full, a file in the way; a NUL in the name
         denied = isinstance(error, PermissionError)  # another owner helps here, but not on a full disk
-        owner = f"sudo mkdir -p {folder} && sudo chown $USER {folder}, or " * denied  # or ""
+        path = shlex.quote(str(folder))  # it may hold spaces
+        owner = f"sudo mkdir -p {path} && sudo chown $USER {path}, or " * denied  # "" unless permission is missing
         reason = getattr(error, "strerror", None) or str(error)  # "Read-only file system"
         space = "make space, or " * bool(re.search("space|quota", reason))  # Linux's words for a full disk
-        yield fail("output directory", f"{folder} cannot be written to: {reason}", space + owner + other)  # all ways
-        return  # its space is of no use
+        yield fail("output directory", f"{folder} cannot be written to: {reason}", space + owner + other)  # may help
+        return  # space there is of no use
     made = f", will be made in {place}" * (place != folder)  # nothing is made now
-    yield ok("output directory", f"{folder} can be written to{made}")  # a megabyte was
+    yield ok("output directory", f"{folder} can be written to{made}")  # the trial file was written
     there = len(list(folder.glob("checkpoint-*")))  # those of a run that will go on
-    free, needed = shutil.disk_usage(place).free, max(1, 3 + 1 - there) * CHECKPOINT  # --save_total_limit 3, and one
+    free, needed = shutil.disk_usage(place).free, max(1, 3 + 1 - there) * CHECKPOINT  # three and the next
     words = f"{free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB needed for checkpoints"  # 12.8 for a new run
     remedy = f"make space, train with --save_total_limit 1, or {other}"  # two checkpoints instead of four
     little = (fail if free < CHECKPOINT else warn)("disk space", words, remedy)  # FAIL: not even one fits
     yield ok("disk space", words) if free >= needed else little  # else the run stops on a full disk
     kind = output_of("df", "--output=fstype", place).split("\n")[-1] or "unknown"  # ext4, nfs4, fuse.sshfs
-    remedy = "mount shared storage there (NFS, for example), unless this machine exports it itself"  # the server
+    remedy = "mount shared storage there (NFS, for example), unless this machine exports it itself"  # an NFS server
     own = settings.several and not re.search(NETWORK_DISKS, kind)  # else other machines lack the checkpoints
     local = warn("shared storage", f"{place} is on {kind}, a local kind: all machines must see it", remedy)  # disk
     unneeded = ": one machine needs none" * (not settings.several)  # else the kind tells enough
@@ -225,12 +234,12 @@ def launch_settings(settings, count):  # accelerate would silently start fewer p
         words = f"TOTAL_GPUS={total} starts {total // machines} processes here for {gpus} GPUs"  # on this machine
         yield (warn if total // machines < gpus else fail)("launch settings", words, right)  # WARN: a GPU is idle
     else:  # as multinode_train.sh launches it
-        yield ok("launch settings", f"{machines} machines with {total // machines} processes each")  # the same on all
+        yield ok("launch settings", f"{machines} machines with {total // machines} processes each")  # as many on each
 
 def addresses(settings):  # by which other machines can reach this one
     lines = output_of("ip", "-o", "addr", "show", "up", "scope", "global").splitlines()  # "2: eth0 inet 10.0.0.1/24"
     found = [f"{words[1]} {words[3].partition('/')[0]}" for words in map(str.split, lines)]  # eth0 10.0.0.1
-    text = ", ".join(found or output_of("hostname", "-I").split())  # where iproute2 is missing: without interfaces
+    text = ", ".join(found or output_of("hostname", "-I").split())  # without iproute2: addresses alone
     alone = "none but loopback: no other machine reaches this one"  # no FAIL: a VPN may hide from ip
     lonely = warn("addresses", alone, "connect it: ip link, ip addr")  # matters to several machines
     yield ok("addresses", text or "none but loopback") if text or not settings.several else lonely  # alone: fine
@@ -241,7 +250,7 @@ def can_listen(address, port):  # tried, as the launcher will do
     family = socket.AF_INET6 if six else socket.AF_INET  # of the address
     socket.create_server((address, port), family=family, dualstack_ipv6=six and not address).close()  # nobody connects
 
-def main_node(settings):  # all processes meet there
+def main_node(settings):  # all processes meet at this address
     port, host = whole(settings.port, 65535), settings.host  # None: mistyped
     if not port:  # words, or too large
         yield fail("main port", f"MAIN_PORT={settings.port} is no port", "export MAIN_PORT=29500")  # a number to 65535
@@ -249,24 +258,25 @@ def main_node(settings):  # all processes meet there
     address, mine = "", True  # a single machine is its own main one
     if settings.several:  # whose address is it?
         try:  # a name is allowed as well
-            address = within(3, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)[0][4][0]  # the first one
-        except OSError as error:  # mistyped, or no name server
+            address = within(3, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)[0][4][0]  # the name's first
+        except (OSError, UnicodeError) as error:  # mistyped (a..b), or no name server
             yield fail("main node", f"{host} cannot be resolved ({error})", "export MAIN_NODE_IP=ADDRESS")  # of rank 0
             return  # no address, no port
         try:  # Linux lets a program listen at own addresses only
             can_listen(address, 0)  # any free port will do
         except OSError:  # another machine's address
-            mine = False  # so it has to be reached
-    if settings.several and settings.rank is not None and mine != (settings.rank == 0):  # exchanged scripts
+            mine = False  # the main machine has to be reached
+    if settings.several and settings.rank is not None and mine != (settings.rank == 0):  # the wrong machine
         words = f"{host} is {'this' if mine else 'not this'} machine, which has rank {settings.rank}"  # both facts
         yield fail("main node", words, "correct MAIN_NODE_IP, which belongs to rank 0, or the rank")  # one is wrong
-    elif re.match("127|::1$", address):  # a trial on one machine
+        return  # whose port counts is not known
+    if re.match("127|::1$", address):  # a trial on one machine
         words = f"{host} is loopback: no other machine reaches it"  # every machine has one of its own
         yield warn("main node", words, "export MAIN_NODE_IP=ADDRESS")  # fine for a trial
     elif settings.several and mine:  # rank 0 belongs here
         yield ok("main node", f"{host} is this machine: start run_node0.sh here")  # and run_node1.sh elsewhere
     if mine:  # this machine will listen
-        try:  # for a moment
+        try:  # listens and stops at once
             can_listen("", port)  # at all addresses, as torch does
             yield ok("main port", f"{port} is free here")  # a firewall may still close it to others
         except OSError as error:  # taken, or below 1024
@@ -281,7 +291,7 @@ def main_node(settings):  # all processes meet there
     except ConnectionRefusedError:  # the machine itself says no, so no firewall swallows the knock
         yield ok("main node", f"{host} is reachable, nothing listens on port {port} yet")  # run_node0.sh will
     except OSError as error:  # silence, or no route
-        remedy = f"ping {host}; there, open the port: sudo ufw allow {port}/tcp; or correct MAIN_NODE_IP"  # by turns
+        remedy = f"ping {host}; there, open the port: sudo ufw allow {port}/tcp; or correct MAIN_NODE_IP"  # by rank
         yield fail("main node", f"{host} port {port} is not reachable ({error})", remedy)  # run_node1.sh would wait
 
 # ── Model ──────────────────────────────────────────────────────────────────────────────────────────
@@ -291,20 +301,23 @@ def on_the_hub(name):  # main.py itself judges a path, also a wrong one
         return False, False  # a path
     import huggingface_hub as hub  # not at the top: a fresh machine lacks it
     files = ("config.json", "model.safetensors", "tokenizer.json")  # what a run of Gemma reads
-    return True, all(isinstance(hub.try_to_load_from_cache(name, file), str) for file in files)  # paths of cached files
+    try:  # the library checks the form of a name
+        return True, all(isinstance(hub.try_to_load_from_cache(name, file), str) for file in files)  # paths of files
+    except ValueError:  # such as outputs/, a slip in a directory's name
+        return False, False  # main.py refuses it
 
 def hub_access(name, cached):  # name (str): as the hub knows it; cached (bool): it is here already
     import huggingface_hub as hub  # not at the top: a fresh machine lacks it
-    home = hub.constants.HF_HUB_CACHE  # HF_HOME moves it
+    home = hub.constants.HF_HUB_CACHE  # HF_HOME moves the cache
     yield ok("model cache", f"{name} is {'' if cached else 'not yet '}in {home}")  # the first run fills it
     token = hub.get_token()  # of HF_TOKEN or hf auth login; None: not logged in
     try:  # the very question that from_pretrained asks first
         url = hub.hf_hub_url(name, "config.json")  # gated like the weights
         within(8, lambda: hub.get_hf_file_metadata(url, timeout=3))  # looking up a host's name has no timeout
-        yield ok("model access", f"the hub gives {name} {'to your token' if token else 'without a token'}")  # now
+        yield ok("model access", f"the hub gives {name} {'to your token' if token else 'without a token'}")  # so far
     except Exception as error:  # refused, or no answer
         found, remedy = missing_step(hub, error, name, token)  # in words
-        copy = f"{found}; the copy in the cache will do"  # of an earlier login
+        copy = f"{found}; the copy in the cache will do"  # fetched while access was given
         use = warn("model access", copy, f"export HF_HUB_OFFLINE=1, or {remedy}")  # 1: the hub is not asked
         used = ok("model access", "HF_HUB_OFFLINE is set: the cache is used")  # on purpose
         yield (used if hub.constants.HF_HUB_OFFLINE else use) if cached else fail("model access", found, remedy)  # ends
@@ -314,10 +327,10 @@ def missing_step(hub, error, name, token):  # 401, 403, 404, silence
     site, words = hub.constants.ENDPOINT, " ".join(str(error).split())  # HF_ENDPOINT may name another hub
     page, login, local = f"{site}/{name}", "hf auth login", "give a local directory: --model DIR"  # parts of remedies
     source = "HF_TOKEN" if os.environ.get("HF_TOKEN") else "of hf auth login"  # which token is used
-    gated = isinstance(error, hub.errors.GatedRepoError)  # Gemma is
+    gated = isinstance(error, hub.errors.GatedRepoError)  # Gemma is gated
     status = getattr(getattr(error, "response", None), "status_code", None)  # None: no answer came
     steps = [  # (whether it is this, what is the matter, what to do): the first that fits
-        (hub.constants.HF_HUB_OFFLINE, "HF_HUB_OFFLINE is set, and the cache lacks it",  # so it is nowhere
+        (hub.constants.HF_HUB_OFFLINE, "HF_HUB_OFFLINE is set, and the cache lacks it",  # it is nowhere
          f"unset HF_HUB_OFFLINE, or {local}"),
         (gated and not token, f"not logged in, and {name} is gated",  # the first step of a new user
          f"accept the terms at {page}, then {login}"),
@@ -325,8 +338,10 @@ def missing_step(hub, error, name, token):  # 401, 403, 404, silence
          f"the hub refuses your token ({source})", f"make one at {site}/settings/tokens, then {login}"),
         (gated and "fine-grained" in words, "your token has no access to gated repositories",  # too few rights
          f"allow public gated repositories at {site}/settings/tokens"),
-        (gated and "awaiting" in words, f"your request for {name} waits for a review", f"see {page}"),  # by its owner
-        (gated, f"logged in, but the terms of {name} are not accepted", f"accept them at {page}"),  # with that account
+        (gated and "awaiting" in words, f"your request for {name} waits for a review",  # its owner decides
+         f"see {page}"),
+        (gated, f"logged in, but the terms of {name} are not accepted",  # the account of the token has to accept
+         f"accept them at {page}"),
         (isinstance(error, hub.errors.RepositoryNotFoundError), f"the hub knows no {name}",  # or it is private
          f"correct it: see {page}{'' if token else f' (private: {login})'}"),
         (status, f"the hub answers with status {status}", f"try later, or {local}"),  # 429, 500: the hub's own fault
@@ -334,26 +349,25 @@ def missing_step(hub, error, name, token):  # 401, 403, 404, silence
          f"check the network: curl -I {site}; or {local}")]
     return next(step[1:] for step in steps if step[0])  # the last one always fits
 
-def start_trial(model, gpu, folder):  # beside the other checks, as it takes ten seconds
-    """Start main.py on a few tokens. gpu (str): "" for the CPU; folder (Path). Returns: the process."""
+def start_trial(model, folder):  # beside the other checks, as it takes ten seconds
+    """Start main.py on a few tokens, on the CPU. folder (Path): for its files. Returns: the process."""
     (folder / "text.txt").write_text("one two three four five six seven eight nine\n")  # eight tokens or more
     places = ("--output_dir", folder / "out", "--cache_dir", folder / "cache")  # nothing is written elsewhere
     what = ("--model_name_or_path", model, "--validation_file", folder / "text.txt")  # the model, on some words
-    command = [sys.executable, HERE / "main.py", *TRIAL, *what, *places]  # trains nothing
-    settings = os.environ | {"CUDA_VISIBLE_DEVICES": gpu, "HF_HUB_OFFLINE": "1"}  # nothing is downloaded
-    return subprocess.Popen(command, env=settings, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # at once
+    return begin("", HERE / "main.py", *TRIAL.split(), *what, *places)  # trains nothing
 
 def model_verdict(model, trial, seconds):  # trial: the process of start_trial(); seconds: how long it may take
-    try:  # it may hang on a dead network disk
+    try:  # main.py may hang on a dead disk
         said, complaint = trial.communicate(timeout=seconds)  # all that it has printed
     except subprocess.TimeoutExpired:  # a model of many GB, or a slow disk
-        trial.kill()  # its folder goes at the end
-        yield warn("model", f"{model} took main.py more than {seconds} s", "try python main.py --do_eval")  # by hand
+        trial.kill()  # the trial's folder goes at the end
+        yield warn("model", f"{model} took main.py more than {seconds} s",  # no verdict
+                   f"python main.py --do_eval --model_name_or_path {model} --validation_file FILE waits longer")
         return  # no verdict
     notes = "; ".join(re.findall(r"^(?:note|warning) +(.*)", said, re.M))  # it trains, but not as Gemma does
-    if trial.returncode:  # as it would end in the night
+    if trial.returncode:  # main.py refuses this model
         sentence = complaint.partition("main.py: error: ")[2] or complaint.strip()[-300:]  # a traceback's end
-        yield fail("model", f"main.py says: {sentence}", "mend that, or choose another: --model DIR")  # often both
+        yield fail("model", f"main.py says: {sentence}", "mend that, or choose another: --model DIR")  # a path
     elif notes:  # such as a head that is no plain matrix
         yield warn("model", f"main.py says: {notes}", "google/gemma-3-270m has no such note")  # nothing to mend
     else:  # name, parameters, attention
@@ -374,7 +388,7 @@ def worker(device, rank, world, meeting):  # the body of a process of its own, a
             told["bf16"] = torch.cuda.get_device_capability(place) >= (8, 0)  # in hardware since Ampere
         print(json.dumps(told), flush=True)  # kept if the next step hangs
         where = {"init_method": f"file://{meeting}", "rank": rank, "world_size": world}  # a file needs no port
-        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=10), **where)  # meet
+        dist.init_process_group("nccl" if device == "cuda" else "gloo", timeout=timedelta(seconds=30), **where)  # meet
         total = torch.full((1,), rank + 1.0, device=place)  # 1 on rank 0, 2 on rank 1
         dist.all_reduce(total)  # as gradients are summed in each step
         told["sum"] = total.item()  # the same on all ranks
@@ -385,23 +399,21 @@ def worker(device, rank, world, meeting):  # the body of a process of its own, a
 
 def start_workers(gpus, folder):  # gpus: list of str, empty for two processes on the CPU; folder (Path)
     """Start a worker for each GPU. Returns: the processes, which load torch while other checks run."""
-    settings = os.environ | {"CUDA_VISIBLE_DEVICES": ",".join(gpus), "OMP_NUM_THREADS": "1"}  # as launchers set them
-    command = [sys.executable, __file__, "worker", "cuda" if gpus else "cpu"]  # the end of this file calls worker()
+    words = (__file__, "worker", "cuda" if gpus else "cpu")  # the end of this file calls worker()
     world = len(gpus) or 2  # processes
-    pipes = {"text": True, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}  # read by answers()
-    return [subprocess.Popen([*command, str(rank), str(world), folder / "meeting"], env=settings, **pipes)  # now
-            for rank in range(world)]  # one process for each GPU
+    ends = (str(world), folder / "meeting")  # the last arguments of worker()
+    return [begin(",".join(gpus), *words, str(rank), *ends) for rank in range(world)]  # one a GPU
 
 def answers(workers, seconds):  # NCCL may hang for ever
     """Return what each worker told last (list of dict), after so many seconds at most."""
     end, told = time.monotonic() + seconds, []  # one deadline for all
     for process in workers:  # in the order of their ranks
         try:  # those that have ended answer at once
-            lines, complaint = process.communicate(timeout=max(0.1, end - time.monotonic()))  # what is left of it
+            lines, complaint = process.communicate(timeout=max(0.1, end - time.monotonic()))  # seconds left
         except subprocess.TimeoutExpired:  # hangs
-            process.kill()  # it would not hear anything milder
-            lines, complaint = process.communicate()[0], f"no result in {seconds} s"  # what it has told before
-        row = json.loads(([line for line in lines.splitlines() if line.startswith("{")] or ["{}"])[-1])  # {}: nothing
+            process.kill()  # SIGKILL ends even a hanging driver
+            lines, complaint = process.communicate()[0], f"no result in {seconds} s"  # what the worker told before
+        row = json.loads(([line for line in lines.splitlines() if line.startswith("{")] or ["{}"])[-1])  # {} if none
         if "sum" not in row:  # it has not come to its end
             last = complaint.strip().splitlines() or [f"ended with status {process.returncode}"]  # negative: a signal
             row.setdefault("error", last[-1])  # its last words
@@ -409,14 +421,14 @@ def answers(workers, seconds):  # NCCL may hang for ever
     return told  # one for each process
 
 def computing(gpus, workers):  # gpus: list of str, empty for the CPU
-    told = answers(workers, 40 if gpus else 20)  # seconds: NCCL needs a while to connect
+    told = answers(workers, 60 if gpus else 45)  # seconds: NCCL needs a while to connect
     tried = dict(zip(gpus, told, strict=False))  # empty on the CPU
-    wrong = {gpu: row.get("error", "wrong result") for gpu, row in tried.items() if not row.get("product")}  # and why
+    wrong = {gpu: row.get("error", "wrong result") for gpu, row in tried.items() if not row.get("product")}  # its fault
     if wrong:  # used by one process exclusively, damaged, or unknown to this build of torch
         words = "; ".join(f"{gpu}: {error}" for gpu, error in wrong.items())  # of all such GPUs
-        yield fail("chosen GPUs", f"a product fails on {words}", "nvidia-smi shows their state")  # and who uses them
-    elif gpus:  # not only listed
-        yield ok("chosen GPUs", f"{', '.join(gpus)}: each multiplied a matrix")  # correctly
+        yield fail("chosen GPUs", f"a product fails on {words}", "nvidia-smi shows their state")  # processes on it, too
+    elif gpus:  # all GPUs compute, not only exist
+        yield ok("chosen GPUs", f"{', '.join(gpus)}: each multiplied a matrix")  # and every product was right
     sound = {gpu: row for gpu, row in tried.items() if row.get("size")}  # those that told their memory
     if sound:  # at least one GPU
         least = min(row["free"] for row in sound.values())  # bytes: the fullest one limits the batch
@@ -430,17 +442,20 @@ def computing(gpus, workers):  # gpus: list of str, empty for the CPU
         yield none if lacks else ok("bf16", "in hardware: train with --bf16")  # on all of them
     world, backend = len(told), "nccl" if gpus else "gloo"  # as main.py chooses it
     errors = [row["error"] for row in told if "error" in row]  # the first one is enough
-    right = not errors and all(row["sum"] == world * (world + 1) / 2 for row in told)  # 1 + 2 + 3
-    remedies = {"nccl": "NCCL_DEBUG=INFO bash verify_setup.sh tells more; try export NCCL_P2P_DISABLE=1",  # GPU to GPU
-                "gloo": "export GLOO_SOCKET_IFNAME=lo, on several machines the network's interface"}  # its address
-    found = f"{world} processes with {backend}: {(errors or ['wrong sum'])[0]}"  # the training would hang, or be wrong
+    right = not errors and all(row["sum"] == world * (world + 1) / 2 for row in told)  # ranks 0 to 2 add 1 + 2 + 3
+    remedies = {  # NCCL's own words go into a file: the report reads the standard output
+        "nccl": "NCCL_DEBUG=INFO NCCL_DEBUG_FILE=nccl.%p bash verify_setup.sh, and read nccl.*; "  # %p: process id
+                "try export NCCL_P2P_DISABLE=1",  # no direct copies between GPUs
+        "gloo": "export GLOO_SOCKET_IFNAME=lo, on several machines the network's interface"}  # a name of `ip link`
+    found = f"{world} processes with {backend}: {(errors or ['wrong sum'])[0]}"  # one error is enough
     failed = fail("all-reduce", found, remedies[backend])  # what to try
-    yield ok("all-reduce", f"{world} process{'es' * (world > 1)} with {backend} agree") if right else failed  # on a sum
+    agree = f"{world} process{'es' * (world > 1)} with {backend} agree"  # all ranks have the same sum
+    yield ok("all-reduce", agree) if right else failed  # FAIL: the training would hang, or be wrong
 
 # ── The list ───────────────────────────────────────────────────────────────────────────────────────
 def checks(settings, folder):  # folder (Path): for trial files, removed at the end
     """Yield the Finding of each line of the report, in its order."""
-    yield from attempt(python_version)  # everything else needs one
+    yield from attempt(python_version)  # verify_setup.sh has found this Python
     slow = []  # (check, arguments) of those that are begun now and read at the end
     count, gpus = 0, []  # GPUs that torch can use, and those that will train
     if os.environ.get("CUDA_VISIBLE_DEVICES"):  # "" hides all GPUs, and stays
@@ -454,15 +469,15 @@ def checks(settings, folder):  # folder (Path): for trial files, removed at the 
     else:  # torch is here
         yield ok("PyTorch", torch.__version__)  # compared with requirements.txt below
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # 0: the CPU trains
-        gpus = usable_gpus(settings, count)  # empty: the CPU trains, or GPUS names none that exists
+        gpus, finding = choose(settings, count)  # empty: the CPU trains, or GPUS names none that exists
         yield from attempt(cuda, torch, count)  # driver, GPUs
-        yield from attempt(chosen_gpus, settings, count)  # GPUS
+        yield from filter(None, [finding])  # what is wrong with GPUS
         if gpus or not count:  # something to compute on
             slow.append((computing, gpus, start_workers(gpus, folder)))  # products, memory, all-reduce
     with suppress(ImportError):  # without the hub's library, packages() says what is missing
-        remote, cached = on_the_hub(settings.model)  # the model comes from the hub; it is here already
+        remote, cached = on_the_hub(settings.model)  # from the hub? in the cache?
         if torch and (cached or not remote):  # nothing has to be downloaded
-            trial = start_trial(settings.model, (gpus or [""])[0], folder)  # on the first GPU
+            trial = start_trial(settings.model, folder)  # on the CPU: the GPUs are busy
             slow.insert(0, (model_verdict, settings.model, trial, 120))  # seconds: 270M takes ten
         if remote:  # perhaps gated
             slow.insert(0, (hub_access, settings.model, cached))  # token, terms
@@ -471,7 +486,7 @@ def checks(settings, folder):  # folder (Path): for trial files, removed at the 
     if settings.several:  # a single machine is not launched by multinode_train.sh
         yield from attempt(launch_settings, settings, count)  # as many processes as GPUs
     yield from attempt(addresses, settings)  # of this machine
-    yield from attempt(main_node, settings)  # and its port
+    yield from attempt(main_node, settings)  # the main machine and its port
     for check, *args in slow:  # begun above
         yield from attempt(check, *args)  # waits for its answer
 
@@ -479,20 +494,28 @@ def main():  # what verify_setup.sh runs
     """Print a line for each finding, and the sum of all. Raises: SystemExit(1) after a FAIL, (2) for a wrong call."""
     settings = read_settings()  # --help and a wrong call end here
     total = dict.fromkeys(("PASS", "WARN", "FAIL"), 0)  # findings of each kind
+    try:  # a full disk, or a wrong TMPDIR
+        tempfile.TemporaryFile().close()  # as the trials will need
+    except OSError as error:  # No usable temporary directory, No space left on device
+        stop(f"no temporary file can be written ({error}): make space, or export TMPDIR=/path")  # before any check
     with tempfile.TemporaryDirectory(prefix="preflight-", ignore_cleanup_errors=True) as folder:  # not in OUTPUT_DIR
-        for status, name, found, remedy in checks(settings, Path(folder)):  # some take seconds
-            line = f"{status}  {name:<17} {' '.join(found.split())}{' -> ' * bool(remedy)}{remedy}"  # a PASS has none
-            print(line, flush=True)  # at once: the next check may take seconds
-            total[status] += 1  # for the last line
+        try:  # Ctrl-C and `| head` may end it at any line
+            for status, name, found, remedy in checks(settings, Path(folder)):  # some take seconds
+                line = f"{status}  {name:<17} {' '.join(found.split())}{' -> ' * bool(remedy)}{remedy}"  # PASS: none
+                print(line, flush=True)  # at once: the next check may take seconds
+                total[status] += 1  # for the last line
+        finally:  # no process outlives the report
+            for process in STARTED:  # mostly ended already
+                process.kill()  # SIGKILL ends even a hang in a driver
     advice = "mend what FAILs, then run this again" if total["FAIL"] else "ready to train"  # the next step
     print(f"{total['PASS']} passed, {total['WARN']} warnings, {total['FAIL']} failed: {advice}")  # the last line
     sys.exit(int(total["FAIL"] > 0))  # a WARN stops no script
 
 if __name__ == "__main__":  # not when a test imports it
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # as does the end of `| head`
     sys.stdout.reconfigure(errors="backslashreplace")  # a path may hold bytes that are no text
     if sys.argv[1:2] == ["worker"]:  # called by start_workers()
         worker(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])  # device, rank, world, meeting
     else:  # called by verify_setup.sh
+        for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):  # Ctrl-C, kill, `| head`
+            signal.signal(signum, lambda number, frame: sys.exit(128 + number))  # main() cleans up
         main()  # does not return
