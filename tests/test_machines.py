@@ -407,9 +407,8 @@ def test_the_scripts_and_the_readme_have_the_same_settings(tmp_path):
     clean, known = dict.fromkeys(settings, ""), settings | settings_of("multinode_train.sh")
     guide = launch("bash", ROOT / "multinode_train.sh", env=clean).out
     assert all(f"{name}={value}" in guide for name, value in known.items())
-    checked = settings_of("verify_setup.sh")
-    assert all(known[name] == value for name, value in checked.items() if name not in ("OUTPUT_DIR", "MODEL"))
-    assert f"OUTPUT={known['OUTPUT_DIR']} " in (ROOT / "verify_setup.sh").read_text()
+    checker = (ROOT / "verify_setup.sh").read_text()
+    assert not [value for value in known.values() if len(value) > 3 and value in checker], "a second default"
     pages = "".join(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("docs/*.md")])
     assert all(name in pages for name in settings)
     assert set(re.findall(r"MAIN_NODE_IP=(192[.0-9]+)|main_process_ip (192[.0-9]+)", pages)) <= {

@@ -269,6 +269,7 @@ def test_a_gpu_that_cannot_compute_fails(tmp_path):
     expect(verify(env=env | {"GPUS": "0, 1"}), "chosen GPUs", "FAIL", "'0, 1'", "export GPUS=0,1")
 
 
+@pytest.mark.slow
 def test_a_build_of_torch_that_cannot_use_the_gpus_fails(tmp_path):
     """V1: the commonest fault of an installation; driver and build are both named."""
     if subprocess.run([sys.executable, "-c", "import torch; assert not torch.version.cuda"], check=False).returncode:
@@ -279,6 +280,7 @@ def test_a_build_of_torch_that_cannot_use_the_gpus_fails(tmp_path):
     expect(verify(env=env), "CUDA", "FAIL", "built without CUDA", "driver is 550.54.15", "pytorch.org")
 
 
+@pytest.mark.slow
 def test_an_all_reduce_that_cannot_work_fails(tmp_path):
     """V5, V6: a network interface that is not there stops gloo, and the check says so in seconds."""
     done = verify(env={"GLOO_SOCKET_IFNAME": "wlan7", "OUTPUT_DIR": tmp_path, "HF_HUB_OFFLINE": "1"})
@@ -308,7 +310,7 @@ def test_an_output_directory_that_cannot_be_written_to_fails(make, words, no_tor
     assert done.returncode == 1 and "disk space" not in done.stdout
 
 
-@pytest.mark.parametrize("again", ["", "mkdir $0"])
+@pytest.mark.parametrize("again", [pytest.param("", marks=pytest.mark.slow), "mkdir $0"])
 def test_a_current_directory_that_was_removed_fails(again, no_torch, tmp_path):
     """V6: also when it was made anew: the shell is still in the old one, where PyTorch's libraries do not load."""
     (tmp_path / "out").mkdir()
@@ -521,6 +523,7 @@ def made(folder):
     return folder
 
 
+@pytest.mark.slow
 def test_a_model_given_as_a_flag_wins_over_the_environment(tiny, tmp_path):
     """V4, V6: --model DIR, in the whole report; a directory needs no hub."""
     done = verify("--model", tiny, env={"OUTPUT_DIR": tmp_path, "MODEL": "/nowhere"})
