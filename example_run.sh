@@ -30,7 +30,7 @@ list() {  # one scenario a line
     echo "  single      one GPU, or the CPU where there is none, on wikitext"  # the plainest training command
     echo "  multi       several GPUs of this machine on wikitext; GPUS=2,3 chooses which"  # one process for each
     echo "  memory      like single, in the least memory: for a GPU that is small or shared"  # about 20 % slower
-    echo "  custom      your own text: data/train.jsonl, data/val.jsonl or TRAIN_FILE, VALIDATION_FILE"  # the usual aim
+    echo "  custom      your own text: data/train.jsonl, data/val.jsonl or TRAIN_FILE, VALIDATION_FILE"  # or .csv, .txt
     echo "  resume      kill a run in the middle and see it go on as if nothing had happened"  # shows the promise
     echo "  evaluate    loss and perplexity of a MODEL on a VALIDATION_FILE; trains nothing"  # of any model
 }
@@ -79,7 +79,7 @@ native_bf16() {  # whether this CPU multiplies bfloat16 in hardware
 
 choose_input() {  # fills the array `input` with the model and the data; its arguments are further flags for wikitext
     if [ -z "${TRAIN_FILE:-}" ] && [ -n "${VALIDATION_FILE:-}" ]; then  # main.py would measure nothing
-        stop "VALIDATION_FILE is set and TRAIN_FILE is not: set both, or unset it to train on wikitext."  # which one?
+        stop "VALIDATION_FILE is set and TRAIN_FILE is not: set both, or unset it to train on wikitext."  # half a pair
     fi
     input=(--dataset_name wikitext "$@")  # 2 million words of Wikipedia, from the hub
     if [ -n "${TRAIN_FILE:-}" ]; then  # main.py refuses wikitext beside it
@@ -122,7 +122,7 @@ multi() {  # one process per GPU, on one machine
         --output_dir "${OUTPUT_DIR:-./outputs}"  # shared by all processes; rank 0 writes
         --bf16 --gradient_checkpointing  # less memory, about 20 % slower
     )
-    run CUDA_VISIBLE_DEVICES="$gpus" "${launch[@]}" "${root}main.py" "${input[@]}" "${flags[@]}" "$@"  # on GPUs
+    run CUDA_VISIBLE_DEVICES="$gpus" "${launch[@]}" "${root}main.py" "${input[@]}" "${flags[@]}" "$@"  # GPUs 0, 1
 }
 
 memory() {  # every remedy at once
@@ -136,7 +136,7 @@ memory() {  # every remedy at once
         --max_seq_length 1024  # half the default: changes what is learnt
         --bf16  # activations in 16 bits; weights and Adam keep 4.3 GB
     )
-    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" "${small[@]}" "$@"  # wins
+    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" "${small[@]}" "$@"  # last
 }
 
 custom() {  # your text
@@ -145,7 +145,7 @@ custom() {  # your text
     if [ -z "${TRAIN_FILE:-}" ]; then  # a TRAIN_FILE alone trains without evaluation
         validation=${VALIDATION_FILE:-data/val.jsonl}  # the README's name
     fi
-    local advice='Put your text there, one {"text": "…"} a line, or set TRAIN_FILE and VALIDATION_FILE.'  # in need()
+    local advice='Put your text there, one {"text": "…"} a line, or set TRAIN_FILE and VALIDATION_FILE.'  # both ways
     need "$advice" "$train" ${validation:+"$validation"}  # before torch is loaded
 
     activate  # the files are there
@@ -220,7 +220,7 @@ make_venv() {  # .venv, with a Python that is new enough
     fi
     local base=.venv/bin/python  # the tests may have made it
     [ -x "$base" ] || base=${PYTHON:-python3}  # PYTHON=python3.12 chooses another
-    command -v "$base" >/dev/null || stop "Python 3.10 or newer is needed, and there is no $base."  # mistyped?
+    command -v "$base" >/dev/null || stop "Python 3.10 or newer is needed, and there is no $base."  # a typo
     if ! "$base" -c 'import sys; sys.exit(sys.version_info < (3, 10))'; then  # transformers 5 needs it
         stop "Python 3.10 or newer is needed; $base is $("$base" --version 2>&1). Set PYTHON to another."  # or newer
     fi

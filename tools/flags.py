@@ -32,9 +32,9 @@ def sections(text):  # takes the help apart
     text = re.sub(r"\n {8,}", "  ", text)  # a long flag's words stand on a line of their own
     for part in text.split("\n\n"):  # argparse leaves a blank line between sections
         title, _, lines = part.partition(":\n")  # "model:", and below it a line for each flag
-        flags = re.findall(r"^  (--\w+).*?  +(\S.*?) \(default: (.*)\)$", lines, re.MULTILINE)  # none in usage
+        flags = re.findall(r"^  (--\w+).*?  +(\S.*?) \(default: (.*)\)$", lines, re.MULTILINE)  # [] in the usage
         if flags:  # "options" holds --help alone, which has no default
-            yield title, flags  # in the order of parse_args()
+            yield title, flags  # a title and its flags
 
 def page(text, refused):  # puts the page together
     """Return docs/flags.md (str). text: what `main.py --help` prints; refused (dict): main.REFUSED."""
@@ -52,7 +52,7 @@ def help_text():  # what a user sees
     """Return what `main.py --help` prints, in lines of any length."""
     command = [sys.executable, HERE / "main.py", "--help"]  # answers before torch is loaded
     wide = os.environ | {"COLUMNS": "500"}  # no flag's words are broken
-    return subprocess.run(command, env=wide, capture_output=True, text=True, check=True).stdout  # as a user sees it
+    return subprocess.run(command, env=wide, capture_output=True, text=True, check=True).stdout  # fails as main.py does
 
 if __name__ == "__main__":  # not when a test imports it
     sys.path.insert(0, str(HERE))  # main.py is no installed package

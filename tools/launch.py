@@ -26,7 +26,7 @@ import threading  # watches while torch has the main thread
 import time  # deadlines, in seconds
 
 
-def say(words):  # main.py prints sentences of its own
+def say(words):  # for lines that are not main.py's
     """Print one line on stderr, as a program may read main.py's progress on stdout."""
     print(f"launch.py: {words}", file=sys.stderr, flush=True)  # flush: log files show it at once
 
@@ -64,7 +64,7 @@ CLOCK = {}  # time.monotonic() of the end of the meetings, and of the last "wait
 SIGN = 2  # seconds between two signs of life
 QUIET = 30  # seconds of silence that are worth a warning
 AGAIN = 15  # seconds between two warnings
-PATIENCE = 60  # seconds beyond --ddp_timeout: torch shall give up first
+GRACE = 60  # seconds beyond --ddp_timeout: torch shall give up first
 REASON = 10  # seconds to hear why another machine ended
 LOST = "another process was lost"  # main.py's words where the cause lies elsewhere
 FINAL = (2, 130, 143)  # a wrong call, Ctrl-C, SIGTERM: MAX_RETRIES does not try again
@@ -140,7 +140,7 @@ def cause(error):  # part of sentences to the user
     """Return the system's words for an OSError, such as Connection refused, without Python's around them."""
     return (error.strerror or str(error)).split(" (")[0]  # Python's own timeouts have no strerror
 
-def patience(words):  # called once a second
+def keep_waiting(words):  # called once a second
     """Say every ten seconds what is missing. Raises: SystemExit(2) after NODE_WAIT seconds."""
     now = time.monotonic()  # unlike the time of day, nobody sets this clock
     die_if(now > CLOCK["end"], f"given up after NODE_WAIT={NODE_WAIT} s: {words}")  # a machine did not come
@@ -148,14 +148,14 @@ def patience(words):  # called once a second
         say(f"waiting: {words} ({CLOCK['end'] - now:.0f} s left)")  # time to start the missing machine
         CLOCK["said"] = now  # silent for the next ten seconds
 
-def wrong(theirs, place, here):  # on the main machine
+def misfit(theirs, place, here):  # on the main machine
     """Return what is wrong with a machine, in a sentence, or None.
 
     theirs (dict): its facts and rank. place (str): its address. here (dict): rank → address of all that have come.
     """
     rank = theirs["rank"]  # KeyError for a stranger, which host() expects
     if here.get(rank, place) != place:  # run_node1.sh was started on two machines
-        return f"{place} and {here[rank]} both have rank {rank}: give each machine its own"  # addresses find machines
+        return f"{place} and {here[rank]} both have rank {rank}: give each machine its own"  # both addresses
     differ = [key for key in FACTS if theirs.get(key) != FACTS[key]]  # GPUs and CPUs cannot train together
     if not differ:  # this machine fits
         return None  # nothing is wrong
@@ -173,13 +173,13 @@ def host():  # on the main machine
     try:  # MAIN_PORT may be in use
         server = socket.create_server(("", PORT))  # at all addresses of this machine
     except OSError as error:  # mostly a run that has not ended
-        way = "end what listens there (`ss -tlnp`), or set another MAIN_PORT on all machines"  # torch needs it, too
+        way = "end what listens there (`ss -tlnp`), or set another MAIN_PORT on all machines"  # for torch, too
         die(f"MAIN_PORT={PORT} cannot be used here ({cause(error)}): {way}")  # at once: waiting would not help
     links = {}  # rank → connection, of machines that wait
     here = {}  # rank → address, also of machines that have gone
     way = "start run_node1.sh there, with this MAIN_NODE_IP and MAIN_PORT"  # mostly forgotten or mistyped
     while missing := [str(rank) for rank in range(1, MACHINES) if rank not in links]:  # late, or behind a firewall
-        patience(f"rank {', '.join(missing)} has not come to {ADDRESS}:{PORT}; {way}")  # ends after NODE_WAIT
+        keep_waiting(f"rank {', '.join(missing)} has not come to {ADDRESS}:{PORT}; {way}")  # ends after NODE_WAIT
         for ready in select.select([server, *links.values()], [], [], 1)[0]:  # looks again after a second
             if ready is not server:  # waiting machines send nothing: this one has gone
                 links = {key: link for key, link in links.items() if link is not ready}  # its rank is missing again
@@ -189,7 +189,7 @@ def host():  # on the main machine
                 link.settimeout(5)  # seconds a call: a stranger may never answer
                 link.sendall(HELLO)  # join() waits for it
                 theirs = json.loads(link.recv(4096))  # 100 bytes, which arrive in one piece
-                sentence = wrong(theirs, place, here)  # None for a machine that belongs here
+                sentence = misfit(theirs, place, here)  # None for a machine that belongs here
             except (OSError, ValueError, KeyError, TypeError):  # a stranger: it does not speak like join()
                 continue  # as if nobody had come
             if sentence:  # these machines cannot train together
@@ -207,16 +207,16 @@ def host():  # on the main machine
 
 def join():  # on the other machines
     """Wait until the main one says that all are here. Returns: rank 0 → connection to it. Raises: SystemExit(2)."""
-    while True:  # until all are here, or patience() ends
+    while True:  # until all are here, or keep_waiting() ends
         state = "cannot be reached"  # true until a connection is made
         try:  # the main machine may not be up yet
             with socket.create_connection((ADDRESS, PORT), 5) as link:  # seconds, as firewalls may swallow packets
                 state = "is in use by something else than multinode_train.sh"  # true until HELLO has come
                 if link.recv(100) != HELLO:  # silence ends in a TimeoutError
                     raise OSError("a wrong answer")  # handled like the system's own errors
-                link.sendall(json.dumps(FACTS | {"rank": RANK}).encode())  # for wrong() on the main machine
+                link.sendall(json.dumps(FACTS | {"rank": RANK}).encode())  # for misfit() on the main machine
                 while not select.select([link], [], [], 1)[0]:  # a third machine may be late
-                    patience(f"the main machine {ADDRESS} is there, another one is missing")  # host() says which
+                    keep_waiting(f"the main machine {ADDRESS} is there, another one is missing")  # host() says which
                 answer = link.recv(4096).decode()  # empty when the main machine has ended
                 if answer == "go":  # all machines are here
                     return {0: link.dup()}  # stays open when `with` closes link
@@ -225,7 +225,7 @@ def join():  # on the other machines
             way = "start run_node0.sh there, and check MAIN_NODE_IP, MAIN_PORT and its firewall"  # likeliest first
             if "torch" in sys.modules:  # the second meeting
                 way = "that machine was there, and still loads torch or has ended"  # nothing to do yet
-            patience(f"{ADDRESS}:{PORT} {state} ({cause(error)}); {way}")  # ends after NODE_WAIT
+            keep_waiting(f"{ADDRESS}:{PORT} {state} ({cause(error)}); {way}")  # ends after NODE_WAIT
         time.sleep(1)  # before the next attempt
 
 # ── While training runs ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -315,7 +315,7 @@ class Watch(threading.Thread):  # torch wants the main thread for its signal han
             waits = f"the run waits for --ddp_timeout {self.limit} seconds"  # in case the machine comes back
             print(f"warning  {quiet}: is it down, or the network? {waits}", file=sys.stderr, flush=True)  # like main.py
             self.warned = now  # again after AGAIN seconds
-        quiet = self.silence(self.limit + PATIENCE)  # machines that failed count: main.py hangs here
+        quiet = self.silence(self.limit + GRACE)  # machines that failed count: main.py hangs here
         if quiet:  # torch should have noticed before
             self.given_up = f"{quiet}, so the run ends"  # finish() tells third machines
             say(self.given_up)  # before main.py speaks of SIGTERM
@@ -328,7 +328,7 @@ class Watch(threading.Thread):  # torch wants the main thread for its signal han
     def finish(self, status, words, lost):  # takes what train() returns
         """Tell the others how this machine's part ended; if lost, say why another's did. Returns: exit status."""
         self.over = True  # ends the thread
-        if self.is_alive():  # it was never started on a single machine
+        if self.is_alive():  # a single machine starts no thread
             self.join(6)  # seconds at most; mostly 0.2
         self.send(SELF | {"status": status, "words": words[:2000], "lost": lost})  # torch's words can be long
         if lost:  # main.py has no reason of its own
