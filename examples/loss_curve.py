@@ -28,7 +28,7 @@ def draw(log, title):
     axes = figure.subplots()
     for key, name, style in (("loss", "training", "o-"), ("eval_loss", "validation", "s--")):
         points = [(row["step"], row[key]) for row in log if key in row]
-        if len(points) > 1:
+        if len(points) > 1 or (points and key == "loss"):  # one evaluation is no curve
             axes.plot(*zip(*points, strict=True), style, label=name, markersize=4)
     axes.set(xlabel="optimizer steps", ylabel="loss, nats a token", title=title)
     axes.spines[["top", "right"]].set_visible(False)
@@ -50,7 +50,10 @@ def main():
         figure = draw(log, args.title)
     except ImportError as error:
         sys.exit(f"loss_curve.py: {error}: pip install matplotlib")
-    figure.savefig(args.picture, dpi=110)
+    try:
+        figure.savefig(args.picture, dpi=110)
+    except (OSError, ValueError) as error:
+        sys.exit(f"loss_curve.py: {args.picture} cannot be written ({error}): name a .png or .svg in a directory")
     print(f"{args.picture}: {sum('loss' in row for row in log)} points of training")
 
 

@@ -182,7 +182,8 @@ def report(directory):
         print(textwrap.fill(said[when]["text"], 100, initial_indent=f"      {when:9}", subsequent_indent=indent))
     print(f"\n      Model         {directory / 'model'}")
     print(f"      Loss curves   .venv/bin/tensorboard --logdir {directory / 'model' / 'runs'}")
-    print("      Your own text bash example_run.sh custom")
+    print(f"      Your own text MODEL={directory / 'gemma-3-270m'} TRAIN_FILE=my.txt OUTPUT_DIR=outputs/mine \\")
+    print("                    bash example_run.sh custom --warmup_steps 0.1")
 
 
 def judged(directory):

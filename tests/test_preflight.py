@@ -120,7 +120,7 @@ def test_without_python_there_is_one_line(tmp_path):
     expect(done, "Python", "FAIL", "install Python 3.10")
 
 
-@pytest.mark.parametrize("argv", [["--jason"], ["now"], ["--model"], ["--model="]])
+@pytest.mark.parametrize("argv", [["--jason"], ["now"], ["-1"], ["--model"], ["--model="]])
 def test_a_wrong_argument_is_one_sentence(argv):
     """V6: status 2, nothing is checked."""
     done = start(*argv)
@@ -153,6 +153,7 @@ def test_the_settings_of_a_machine_are_those_of_its_scripts(no_torch, tmp_path):
     done = verify("2", env=env, script=script)
     expect(done, "main node", "FAIL", "127.0.0.1 is this machine, which has rank 2", "correct MAIN_NODE_IP")
     expect(done, "launch settings", "PASS", "3 machines with 3 processes each")
+    expect(verify("3", env=env, script=script), "launch settings", "FAIL", "rank 3 needs NUM_MACHINES=4")
     done = verify("0", env=env | {"MAIN_NODE_IP": "127.0.0.1", "TOTAL_GPUS": 6}, script=script)
     expect(done, "main port", "PASS", f"{port} is free")
     expect(done, "launch settings", "PASS", "3 machines with 2 processes each")

@@ -107,5 +107,7 @@ def test_a_loss_curve_is_drawn_of_a_run_or_the_lack_of_one_said(finished, tmp_pa
     newest = max(output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
     shutil.copytree(newest, tmp_path / "run" / newest.name)
     assert launch(*draw, tmp_path / "run", tmp_path / "two.png").status == 0
+    odd = launch(*draw, output, tmp_path / "loss.txt")
+    assert odd.status == 1 and "cannot be written" in odd.err and "Traceback" not in odd.err
     none = launch(*draw, tmp_path, tmp_path / "three.png")
     assert none.status == 1 and "holds no trainer_state.json" in none.err and "Traceback" not in none.err

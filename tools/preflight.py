@@ -71,6 +71,8 @@ def read_settings(argv=None):  # argv: list of str, or None for the process's ow
     parser.add_argument("rank", nargs="?", type=int, help="of this machine among several: 0 or 1")  # or 2
     parser.add_argument("--model", default=env["MODEL"], help="hub name or directory")  # for main.py
     args = parser.parse_args(argv)  # --help ends here
+    if (args.rank or 0) < 0:  # argparse takes -1 for a number
+        stop(f"rank {args.rank} is no rank: 0 is the main machine")  # as launch.py says it
     model = os.path.expanduser(args.model) or stop("--model needs a name or a directory")  # ~/models/gemma
     return Settings(  # in the order of its fields
         args.rank, env["SEVERAL"] == "yes", env["MAIN_NODE_IP"], env["MAIN_PORT"], env["NUM_MACHINES"],  # still text
@@ -156,7 +158,7 @@ def cuda(torch, count):  # torch: the module; count: GPUs that it can use
         words = f"PyTorch cannot use the {len(drivers)} GPUs here: it {build}, the driver is {drivers[0]}"  # both sides
         yield fail("CUDA", words, "install the build for this driver: https://pytorch.org/get-started/locally")  # anew
     else:  # a laptop, a driver that is missing, or CUDA_VISIBLE_DEVICES is empty
-        hidden = "CUDA_VISIBLE_DEVICES is empty, which hides all GPUs" if drivers else "nvidia-smi lists no GPU"  # why
+        hidden = "CUDA_VISIBLE_DEVICES is empty, which hides all GPUs" if drivers else "no NVIDIA driver answers"  # why
         remedy = "for a GPU install NVIDIA's driver, or unset CUDA_VISIBLE_DEVICES"  # whichever is missing
         yield warn("CUDA", f"{hidden}: training works on the CPU, slowly", remedy)  # no FAIL: it may be meant
 
@@ -228,6 +230,9 @@ def launch_settings(settings, count):  # accelerate would silently start fewer p
     if not machines or not total:  # words, a sign, 0
         words = f"NUM_MACHINES={settings.machines}, TOTAL_GPUS={settings.total}: one is no number above 0"  # as typed
         yield fail("launch settings", words, "export NUM_MACHINES=2 TOTAL_GPUS=4, for example")  # the same everywhere
+    elif (settings.rank or 0) >= machines:  # the others would not wait for it
+        words = f"rank {settings.rank} needs NUM_MACHINES={settings.rank + 1} or more"  # ranks begin at 0
+        yield fail("launch settings", words, f"export NUM_MACHINES={settings.rank + 1} on every machine")  # or the rank
     elif total % machines:  # accelerate divides, rounding down
         yield fail("launch settings", f"TOTAL_GPUS={total} is no multiple of NUM_MACHINES={machines}", right)  # a rest
     elif count and total // machines != gpus:  # one process for each GPU; a CPU takes any number
