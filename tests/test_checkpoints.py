@@ -110,6 +110,8 @@ SETTINGS = {  # flags → the words of the refusal
     "--lr_scheduler_type cosine": ("lr_scheduler_type is 'cosine' instead of 'linear'",),
     "--bf16": ("bf16 is True instead of False",),
     "--add_eos": ("add_eos is True instead of False",),
+    "--torch_compile True": ("torch_compile is {'backend': 'inductor', 'mode': None} instead of False",),
+    "--ddp_comm_hook bf16": ("ddp_comm_hook is 'bf16' instead of None",),
     "--max_train_samples 3": ("max_train_samples is 3 instead of None",),
 }
 
@@ -214,7 +216,8 @@ def test_what_cannot_change_weights_may_change_and_takes_effect(stopped, tmp_pat
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("more", [["--bf16"], ["--dataloader_num_workers", 2]], ids=["bf16", "workers"])
+@pytest.mark.parametrize("more", [["--bf16"], ["--dataloader_num_workers", 2], ["--bf16", "--torch_compile", "True"]],
+                         ids=["bf16", "workers", "compiled"])  # fmt: skip
 def test_every_step_can_be_gone_on_from_bit_for_bit(four_steps, tmp_path, more):
     """B10: two epochs of three steps, two batches a step, the last batch partial."""
     argv = [*four_steps[0], "--max_steps", -1, "--num_train_epochs", 2, "--max_train_samples", 11, "--save_steps", 1,

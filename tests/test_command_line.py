@@ -129,12 +129,19 @@ def test_missing_optional_package_is_named_with_its_install_command(package, cas
     refuse(GOOD + case[0], *case[1:])
 
 
-def test_flash_attention_without_a_gpu_is_refused(refuse, tmp_path, monkeypatch):
-    """F2: with the package there but no GPU, the sentence is about the GPU."""
-    (tmp_path / "site" / "flash_attn").mkdir(parents=True)
-    (tmp_path / "site" / "flash_attn" / "__init__.py").touch()
-    monkeypatch.syspath_prepend(tmp_path / "site")
-    refuse(GOOD + "--use_flash_attention", "--use_flash_attention", "GPU")
+@pytest.mark.parametrize(("name", "release", "words"), [
+    ("flash_attn", "2.8.3", "need a GPU"), ("flash_attn_4", "4.0.0b36", "needs flash-attn 2: pip install flash-attn")])
+def test_flash_attention_without_a_gpu_or_of_another_version_is_refused(name, release, words, refuse, tmp_path,
+                                                                            monkeypatch):  # fmt: skip
+    """F2: with version 2 there but no GPU, the sentence is about the GPU; flash-attn-4's module has its name."""
+    site = tmp_path / "site"
+    for folder in (site / "flash_attn", site / f"{name}-{release}.dist-info"):
+        folder.mkdir(parents=True)
+    (site / "flash_attn" / "__init__.py").touch()
+    about = f"Metadata-Version: 2.1\nName: {name}\nVersion: {release}\n"
+    (site / f"{name}-{release}.dist-info" / "METADATA").write_text(about)
+    monkeypatch.syspath_prepend(site)
+    refuse(GOOD + "--use_flash_attention", "--use_flash_attention", words)
 
 
 # ── Help and defaults ────────────────────────────────────────────────────────────────────────────────────────────────

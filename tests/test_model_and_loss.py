@@ -185,8 +185,8 @@ def test_embeddings_grow_only_with_the_tokenizer(tiny, tmp_path, texts):
     assert in_child(sizes, tmp_path / "more") == (386, 386, True)
 
 
-def test_a_model_with_a_softcap_trains_with_its_own_loss(tiny, tmp_path, texts):
-    """F17, B9: as Gemma 2's; it is said, and both losses are those of plain transformers."""
+def test_a_model_with_a_softcap_has_the_losses_of_plain_transformers(tiny, tmp_path, texts):
+    """F17, B9: Gemma 2 caps its logits; the chunked loss does the same, in training and in evaluations."""
 
     def cap(folder):
         config = json.loads((folder / "config.json").read_text())
@@ -195,7 +195,7 @@ def test_a_model_with_a_softcap_trains_with_its_own_loss(tiny, tmp_path, texts):
     model = variant(tiny, tmp_path / "model", cap)
     done = finish(*short_run(model, texts, tmp_path / "out", "--max_train_samples", 8, "--max_steps", 1,
                              "--gradient_accumulation_steps", 2))  # fmt: skip
-    assert "its own loss is used, which holds all logits" in done.out
+    assert "its own loss" not in done.out
     losses = [in_child(plain_loss, place, chunks) for place, chunks in (
         (model, in_child(chunks_of, model, texts[0], 64)[:8]),
         (tiny, in_child(chunks_of, model, texts[0], 64)[:8]),
@@ -218,19 +218,21 @@ def inputs(tokens, dtype=torch.float32, ignored=()):
     return torch.randn(tokens, WIDTH, dtype=dtype), torch.randn(WORDS, WIDTH, dtype=dtype), labels
 
 
-def chunked(hidden, weight, labels, scale=1):
+def chunked(hidden, weight, labels, scale=1, softcap=None):
     """Losses of all tokens and both gradients of their sum, times scale, by the chunked loss."""
     hidden, weight = (tensor.clone().requires_grad_() for tensor in (hidden, weight))
-    total, losses = main.ChunkedLoss.apply(hidden, weight, labels, True)
+    total, losses = main.ChunkedLoss.apply(hidden, weight, labels, softcap, True)
     assert torch.equal(total, losses.sum()) and not losses.requires_grad
     (total * scale).backward()
     return losses, hidden.grad, weight.grad
 
 
-def exact(hidden, weight, labels):
+def exact(hidden, weight, labels, softcap=None):
     """The same with nothing but a matrix product and PyTorch's cross entropy: plain, whole, float64."""
     hidden, weight = (tensor.detach().double().requires_grad_() for tensor in (hidden, weight))
-    losses = cross_entropy(hidden @ weight.T, labels, reduction="none")
+    logits = hidden @ weight.T
+    logits = softcap * torch.tanh(logits / softcap) if softcap else logits
+    losses = cross_entropy(logits, labels, reduction="none")
     losses.sum().backward()
     return losses.detach(), hidden.grad, weight.grad
 
@@ -264,14 +266,67 @@ def test_ignored_labels_cost_and_teach_nothing(small_chunks, ignored):
     assert not losses[list(ignored)].any() and not to_hidden[list(ignored)].any()
 
 
-@pytest.mark.parametrize("dtype, error", [(torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
-def test_autocast_errs_no_more_than_its_dtype(small_chunks, dtype, error):
-    """The weights stay float32, the products are made in 16 bits; sums and softmax in float32."""
-    given = inputs(40)
-    with torch.autocast("cpu", dtype=dtype):
-        ours = chunked(*given)
-    assert ours[0].dtype == ours[2].dtype == torch.float32
-    near(ours, exact(*given), error)
+@pytest.mark.parametrize("way", ["parts of the vocabulary", "whole", "compiled"])
+@pytest.mark.parametrize("softcap", [None, 3.0], ids=["plain", "softcap"])
+@pytest.mark.parametrize("dtype, error", [(torch.float32, 2e-6), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)])
+def test_both_paths_err_no_more_than_their_dtype(small_chunks, monkeypatch, dtype, error, softcap, way):
+    """A CPU takes the vocabulary in parts; a GPU takes it whole, with a compiled softmax, and chunks of uneven length.
+
+    The weights stay float32, products are made in autocast's dtype, sums and softmax in float32. Nothing is compiled
+    anew for another number of tokens, in training or in evaluations."""
+    if way != "parts of the vocabulary":
+        monkeypatch.setattr(main, "VOCABULARY_PART", {})
+    monkeypatch.setattr(main, "COMPILED", {})
+    torch._dynamo.reset()
+    with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype.itemsize == 2):
+        if way == "compiled":
+            assert main.tried("the compiled loss", main.try_compiler, torch.randn(WORDS, WIDTH), softcap)
+            assert list(main.COMPILED) == ["cpu"]
+        with torch.compiler.set_stance("fail_on_recompile" if way == "compiled" else "default"):
+            for tokens in (40, 31, 7):
+                given = inputs(tokens, ignored=[3])
+                ours = chunked(*given, softcap=softcap)
+                _, seen = main.ChunkedLoss.apply(*given, softcap, False)  # as an evaluation does
+                assert ours[0].dtype == ours[2].dtype == torch.float32 and torch.equal(seen, ours[0])
+                near(ours, exact(*given, softcap=softcap), error)
+
+
+def test_a_compiled_softmax_has_one_buffer():
+    """What the compiler makes of it writes the gradients over the logits: no second tensor of their size exists."""
+    words, rows = 4096, 64
+    kernel, sizes = torch.compile(main.softmax_slopes), []
+    logits, targets = torch.randn(rows, words).bfloat16(), torch.arange(rows)[:, None]
+    kernel(logits.clone(), targets, None, True)
+    with torch.profiler.profile(profile_memory=True) as record:
+        kernel(logits, targets, None, True)
+    sizes = [event.cpu_memory_usage for event in record.events()]
+    assert sizes and max(sizes) < rows * words
+
+
+def test_a_softmax_that_compiles_wrongly_or_not_at_all_stays_uncompiled(monkeypatch, capsys):
+    """A note, and nothing in COMPILED; full memory is no reason to go on, as the training would not fit either."""
+    monkeypatch.setattr(main, "COMPILED", {})
+    monkeypatch.setitem(main.LOGITS_BYTES, "cpu", 4 * 97 * 50)
+    kernel = main.softmax_slopes
+
+    def wrong(*given):
+        label, slope = kernel(*given)
+        return label * 1.1, slope
+
+    def missing(*given):
+        raise RuntimeError("no compiler\nwas found")
+
+    def full(*given):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    for compiled, words in ((wrong, "changes the values"), (missing, "RuntimeError: no compiler was found")):
+        monkeypatch.setattr(torch, "compile", lambda function, compiled=compiled: compiled)
+        assert not main.tried("the compiled loss", main.try_compiler, torch.randn(97, 16), None)
+        out = capsys.readouterr().out
+        assert words in out and out.count("\n") == 1 and not main.COMPILED
+    monkeypatch.setattr(torch, "compile", lambda function: full)
+    with pytest.raises(torch.OutOfMemoryError):
+        main.tried("the compiled loss", main.try_compiler, torch.randn(97, 16), None)
 
 
 def test_a_head_in_float32_learns_in_float32_from_states_in_16_bits(small_chunks):
@@ -306,7 +361,7 @@ def test_a_bfloat16_model_is_summed_in_float32(small_chunks):
     """No autocast, weights in bfloat16: 3,000 tokens whose plain bfloat16 sum would be off by percents."""
     given = inputs(3000, torch.bfloat16)
     near(chunked(*given), exact(*given), 2e-2)
-    assert abs(main.ChunkedLoss.apply(*given, False)[0] / exact(*given)[0].sum() - 1) < 1e-3
+    assert abs(main.ChunkedLoss.apply(*given, None, False)[0] / exact(*given)[0].sum() - 1) < 1e-3
 
 
 def batches(words):
@@ -430,12 +485,13 @@ def test_other_models_keep_their_own_loss():
         assert not main.use_chunked_loss(other) and other.forward == own
 
 
-@pytest.mark.parametrize("cap", [2.0, 30.0])
-def test_a_model_with_a_softcap_keeps_its_own_loss(tiny_model, cap):
-    """Gemma 2 has 30, which the small logits of eight tokens here do not show: the configuration decides."""
+@pytest.mark.parametrize("cap", [0.2, 30.0])
+def test_a_model_with_a_softcap_learns_as_with_its_own_loss(tiny_model, cap):
+    """Gemma 2 has 30; at 0.2 the logits of the tiny model are bent."""
     tiny_model.config.final_logit_softcapping = cap
-    own = tiny_model.forward
-    assert not main.use_chunked_loss(tiny_model) and tiny_model.forward == own
+    plain = copy.deepcopy(tiny_model)
+    assert main.use_chunked_loss(tiny_model)
+    learn_alike(plain, tiny_model)
 
 
 @pytest.mark.parametrize("dtype, error", [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
@@ -461,24 +517,193 @@ def test_a_lean_norm_is_the_models_own(dtype, error, shape):
     near([one.grad, lean.weight.grad], [two.grad, wide.weight.grad], error)
 
 
-def norms_of_a_trainer(folder, place):
-    """Let main.py put models and Trainer together. Returns: same logits, parts of each model with a new forward."""
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_lean_norm_answers_in_the_dtype_of_the_products_behind_it(dtype):
+    """Of float32 states: to the last bit what autocast would make of the model's own answer in the next layer."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    torch.manual_seed(0)
+    norm, x = Gemma3RMSNorm(64), torch.randn(2, 5, 64)
+    torch.nn.init.normal_(norm.weight, std=0.3)
+    with torch.autocast("cpu", dtype=dtype):
+        lean = main.LeanNorm.apply(x.requires_grad_(), norm.weight, norm.eps)
+        assert lean.dtype == dtype and torch.equal(lean, norm(x).to(dtype))
+    lean.sum().backward()
+    assert x.grad.dtype == norm.weight.grad.dtype == torch.float32
+    assert main.LeanNorm.apply(x, norm.weight, norm.eps).dtype == torch.float32
+
+
+def put_together(folder, place, model=None, **settings):
+    """Let main.py put model and Trainer together. Returns: the Trainer."""
+    from types import SimpleNamespace
+
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, TrainingArguments
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-    small = dict(vocab_size=50, hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
-    llama = AutoModelForCausalLM.from_config(LlamaConfig(**small))
-    gemma, kept = (AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32) for _ in range(2))
+    model = model or AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    args = TrainingArguments(str(place), use_cpu=True, report_to=[], per_device_train_batch_size=2)
+    run = SimpleNamespace(settings={"torch_compile": False, "ddp_comm_hook": None} | settings)
+    chunks = Dataset.from_dict({"input_ids": [list(range(2, 42))] * 3})
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return main.make_trainer(model, tokenizer, args, chunks, None, run, main.Resume())
+
+
+def logits_before_and_after(folder, place):
+    """Returns: whether the logits of a model are the same once its norms are lean, whether they are."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     ids = torch.arange(40).view(2, 20)
-    before = gemma(input_ids=ids).logits
-    chunks, counts = Dataset.from_dict({"input_ids": [[2, 3, 4, 5]]}), []
-    for model, flags in ((gemma, {}), (llama, {}), (kept, {"torch_compile": True})):
-        args = TrainingArguments(str(place), use_cpu=True, report_to=[], **flags)
-        main.make_trainer(model, AutoTokenizer.from_pretrained(folder), args, chunks, None, None, main.Resume())
-        counts.append(sum("forward" in vars(part) for part in model.modules()))
-    return torch.equal(gemma(input_ids=ids).logits, before), counts
+    before = model(input_ids=ids).logits
+    put_together(folder, place, model)
+    after = model(input_ids=ids).logits
+    return torch.equal(after, before), after.grad_fn is not None, str(model.model.norm(after[..., :64]).grad_fn)
 
 
-def test_all_norms_of_the_model_are_lean_and_other_models_keep_theirs(tiny, tmp_path):
-    """Six a layer, the last one, and the model itself for its loss; the compiler has lean norms of its own."""
-    assert in_child(norms_of_a_trainer, tiny, tmp_path) == (True, [6 * 2 + 1 + 1, 1, 1])
+def test_all_norms_of_the_model_are_lean_and_give_the_same_logits(tiny, tmp_path):
+    """To the last bit, without autocast."""
+    same, learns, kind = in_child(logits_before_and_after, tiny, tmp_path)
+    assert same and learns and "LeanNorm" in kind
+
+
+# ── Windowed attention and compiled layers ───────────────────────────────────────────────────────────────────────────
+
+
+def attention_on_a_cpu(more=0):
+    """torch's varlen_attn as its documentation says, by sdpa and a mask; more: tokens that the window is too long."""
+
+    def varlen(q, k, v, starts, starts_k, most, most_k, *, scale, window_size, enable_gqa):
+        assert torch.equal(starts, starts_k) and starts.dtype == torch.int32 and starts[-1] == len(q) == len(k)
+        q, k, v = (x.unflatten(0, (-1, most)).transpose(1, 2) for x in (q, k, v))
+        at, back = torch.arange(most), most if window_size[0] < 0 else window_size[0] + more
+        mask = (at[:, None] >= at) & (at[:, None] - at <= back)
+        return main.sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa).transpose(1, 2).flatten(0, 1)
+
+    return varlen
+
+
+@pytest.mark.parametrize("window", [16, 512])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_the_trial_of_the_attention_finds_a_window_that_is_wrong_by_one_token(tiny_model, monkeypatch, dtype, window):
+    """Values and gradients at window + 128 tokens, sliding and full; what is right passes, what is wrong is named."""
+    config = copy.deepcopy(tiny_model.config)
+    config.sliding_window = window
+    for more, verdict in ((0, ""), (1, "differs from sdpa by"), (-1, "differs from sdpa by")):
+        monkeypatch.setattr(main, "varlen_attn", attention_on_a_cpu(more))
+        assert verdict in main.try_attention(config, torch.device("cpu"), dtype)
+        assert bool(main.try_attention(config, torch.device("cpu"), dtype)) == bool(more)
+
+
+def test_windowed_attention_gives_what_sdpa_gives_in_the_model(tiny_model, monkeypatch):
+    """Two chunks, longer than the window, both kinds of layers; no mask is made, and none is needed."""
+    import transformers
+
+    monkeypatch.setattr(main, "varlen_attn", attention_on_a_cpu())
+    ids = torch.randint(4, 380, (2, 50), generator=torch.Generator().manual_seed(0))
+    tiny_model.eval()
+    wanted = tiny_model(input_ids=ids).logits
+    transformers.AttentionInterface.register("windowed", main.windowed_attention)
+    tiny_model.set_attn_implementation("windowed")
+    monkeypatch.setattr("transformers.masking_utils.sdpa_mask", None)  # would fail if it were called
+    assert torch.allclose(tiny_model(input_ids=ids).logits, wanted, atol=1e-5)
+    tiny_model.config.sliding_window = 8  # is not looked at again
+    assert "windowed" not in tiny_model.config.to_json_string()
+
+
+def test_a_cpu_keeps_sdpa_without_a_note(tiny_model, capsys):
+    """There is no kernel for it to try."""
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        main.use_windowed_attention(tiny_model)
+    assert tiny_model.config._attn_implementation == "sdpa" and not capsys.readouterr().out
+
+
+def graphs_of_layers(depth, folder):
+    """Trace the layers of a model of some depth with windowed attention, forward and backward, with fake tensors.
+
+    Returns: graphs, graph breaks, frames that were captured whole, and the shape of a gradient."""
+    import transformers
+    from torch._dynamo.utils import counters
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.use_cache = False  # as the Trainer sets it
+    config.num_hidden_layers, config.layer_types = depth, ["sliding_attention", "full_attention"] * (depth // 2)
+    transformers.AttentionInterface.register("windowed", main.windowed_attention)
+    torch._dynamo.reset()
+    counters.clear()
+    with FakeTensorMode(allow_non_fake_inputs=True), torch.autocast("cpu", dtype=torch.bfloat16):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        model.set_attn_implementation("windowed")
+        main.use_lean_norms(model)
+        options = {"backend": "aot_eager", "fullgraph": True}
+        main.compile_layers(model, 2, 40, options)
+    stats = counters["stats"]["unique_graphs"], dict(counters["graph_break"]), counters["aot_autograd"]["ok"]
+    return stats
+
+
+@pytest.mark.parametrize("depth", [2, 6])
+def test_layers_are_two_graphs_whatever_their_number(tiny, depth):
+    """A layer with torch's windowed attention is captured without a break, forward and backward, once a kind."""
+    assert in_child(graphs_of_layers, depth, tiny) == (2, {}, 2)
+
+
+def layers_that_do_not_compile(folder, place):
+    """Returns: what was said, whether the Trainer takes the layers as compiled, whether they still are."""
+    import contextlib
+    import io
+
+    said = io.StringIO()
+    with contextlib.redirect_stdout(said):
+        trainer = put_together(folder, place, torch_compile={"backend": "no_such_backend", "mode": None})
+    layers = trainer.model.base_model.layers
+    return said.getvalue(), trainer.compiled, [layer._compiled_call_impl for layer in layers]
+
+
+def test_layers_that_cannot_be_compiled_stay_as_they_are_with_a_note(tiny, tmp_path):
+    """As where a compiler is missing."""
+    said, compiled, left = in_child(layers_that_do_not_compile, tiny, tmp_path)
+    assert "torch.compile is not used" in said and "no_such_backend" in said and said.count("\n") == 1
+    assert not compiled and left == [None] * len(left)
+
+
+def graphs_in_a_run(folder, place):
+    """Returns: the graphs after the trial, after batches of other shapes, and the batches that found none."""
+    from torch._dynamo.utils import counters
+
+    counters.clear()
+    trainer = put_together(folder, place, torch_compile={"backend": "aot_eager", "mode": None})
+    graphs, alone = [counters["stats"]["unique_graphs"]], []
+
+    def step(batch):
+        ids = torch.arange(2, 42).repeat(batch, 1)
+        with trainer.accelerator.autocast():
+            return trainer.model(input_ids=ids, labels=ids)["loss"]
+
+    for batch in (2, 1, 2):
+        step(batch).backward()
+        graphs.append(counters["stats"]["unique_graphs"])
+        with torch.compiler.set_stance("fail_on_recompile"):
+            try:
+                step(batch)
+            except RuntimeError:
+                alone.append(batch)
+    with torch.no_grad():
+        step(2)
+    return graphs + [counters["stats"]["unique_graphs"]], alone
+
+
+def test_a_short_batch_and_an_evaluation_compile_nothing(tiny, tmp_path):
+    """The trial makes two graphs, which whole batches find; for a shorter one there is no pause in the run."""
+    assert in_child(graphs_in_a_run, tiny, tmp_path) == ([2, 2, 2, 2, 2], [1])
+
+
+def hooks_of_gradients(folder, place):
+    """Returns: the settings that DistributedDataParallel gets without and with --ddp_comm_hook bf16."""
+    made = [put_together(folder, place, ddp_comm_hook=hook) for hook in (None, "bf16")]
+    return [(str(one.accelerator.ddp_handler.comm_hook), one.accelerator.ddp_handler.gradient_as_bucket_view)
+            for one in made]  # fmt: skip
+
+
+def test_gradients_live_in_the_buckets_and_travel_as_asked(tiny, tmp_path):
+    """F24: --ddp_comm_hook is off by default."""
+    assert in_child(hooks_of_gradients, tiny, tmp_path) == [("no", True), ("bf16", True)]

@@ -295,11 +295,54 @@ def test_the_effective_batch_decides_the_training(name, two_epochs, two_epochs_t
 
 
 @pytest.mark.slow
-def test_a_compiled_model_learns_the_same(two_epochs, two_epochs_trained, tmp_path):
-    """F24: --torch_compile, whose graph ends at the chunked loss."""
-    finish(*two_epochs, "--torch_compile", "True", "--output_dir", tmp_path / "out")
+def test_compiled_layers_learn_the_same(two_epochs, two_epochs_trained, tmp_path):
+    """F24: --torch_compile compiles the layers one by one, which the plan says; --torch_compile False does not."""
+    done = finish(*two_epochs, "--torch_compile", "True", "--output_dir", tmp_path / "out")
+    assert " attention, layers compiled\n" in done.out and "note" not in done.out
     assert losses(tmp_path / "out") == pytest.approx(losses(two_epochs_trained), rel=1e-3)
     assert in_child(close_weights, two_epochs_trained, tmp_path / "out") < 1e-3
+    done = finish(*two_epochs, "--torch_compile", "False", "--output_dir", tmp_path / "forbidden")
+    assert "layers compiled" not in done.out
+    assert in_child(same_weights, two_epochs_trained, tmp_path / "forbidden")
+
+
+STRICT = """
+import sys
+sys.path.insert(0, sys.argv[1])
+import main
+import torch
+stance = torch.compiler.set_stance
+torch.compiler.set_stance = lambda name: stance("fail_on_recompile" if name == "eager_on_recompile" else name)
+signals = main.Signals()
+with main.reported():
+    main.main(main.parse_args(sys.argv[2:]), signals)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("more", [["--bf16"], ["--gradient_checkpointing"]], ids=["bf16", "checkpointing"])
+def test_every_whole_batch_of_a_run_is_computed_by_the_compiled_layers(ranks, more, two_epochs, tmp_path):
+    """G2: a batch for which the trial's graphs do not fit would end this run, and train uncompiled otherwise."""
+    script = tmp_path / "strict.py"
+    script.write_text(STRICT)
+    at = two_epochs.index("--validation_file")
+    words = [*two_epochs[:at], *two_epochs[at + 2 :], "--per_device_train_batch_size", 4 // ranks, *more,
+             "--torch_compile_backend", "aot_eager", "--output_dir", tmp_path / "out"]  # fmt: skip
+    start = [*two_processes()[:-1], script] if ranks == 2 else [sys.executable, script]
+    done = launch(*start, ROOT, *words)
+    assert done.status == 0 and "layers compiled" in done.out, done.out + done.err
+    assert len(losses(tmp_path / "out")) == 12
+
+
+@pytest.mark.slow
+def test_two_processes_with_compiled_layers_send_gradients_in_bfloat16(two_epochs, two_epochs_trained, tmp_path):
+    """F24: --ddp_comm_hook bf16 rounds what is sent, to three digits; without it the weights would be nearer."""
+    words = [*two_epochs, "--per_device_train_batch_size", 2, "--torch_compile", "True", "--ddp_comm_hook", "bf16"]
+    done = launch(*two_processes(), *words, "--output_dir", tmp_path / "out")
+    assert done.status == 0 and "layers compiled" in done.out, done.out + done.err
+    assert losses(tmp_path / "out") == pytest.approx(losses(two_epochs_trained), rel=1e-2)
+    assert 1e-5 < in_child(close_weights, two_epochs_trained, tmp_path / "out") < 1e-2
 
 
 def test_looking_does_not_change_the_training(two_epochs, two_epochs_trained, tmp_path):
