@@ -400,8 +400,8 @@ HARMLESS = tuple(  # beginnings of flags that change no weights: they may differ
 
 def make_training_arguments(args):  # → transformers.TrainingArguments, vetted, or a sentence
     cpu = not torch.cuda.is_available()  # True: the same command trains on the CPU
-    die_if(cpu and (args.fp16 or args.use_flash_attention),  # made for GPUs alone
-           "--fp16 and --use_flash_attention need a GPU; on the CPU use --bf16, or leave them out")
+    die_if(cpu and (args.fp16 or args.use_flash_attention or args.ddp_comm_hook),  # made for GPUs alone
+           "--fp16, --use_flash_attention and --ddp_comm_hook need a GPU; on the CPU use --bf16, or leave them out")
     if cpu:  # else days pass before somebody misses the GPU
         log0("No GPU found: training on the CPU.")  # printed once, by rank 0
     args.bf16 |= args.use_flash_attention and not args.fp16  # Flash Attention takes only 16-bit numbers
@@ -1275,7 +1275,8 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()})  # the mean of equally long chunks
     ddp = trainer.accelerator.ddp_handler  # settings of DistributedDataParallel, for several processes
     ddp.gradient_as_bucket_view = True  # gradients live where they are sent from: 1.07 GB less
-    ddp.comm_hook = run.settings["ddp_comm_hook"] or "no"  # "bf16": rounded for the way between processes
+    hook = run.settings["ddp_comm_hook"] or "no"  # "bf16": gradients are rounded for the way between processes
+    ddp.comm_hook = accelerate.DDPCommunicationHookType(hook)  # accelerate would pass over a mere str
     trainer.length = len((train or validation)[0]["input_ids"])  # T, the tokens of a chunk
     model.to(args.device)  # with --bf16_full_eval the Trainer has not done so
     use_lean_norms(model)  # the same values in less memory

@@ -130,7 +130,7 @@ HALVE = """
 from accelerate.utils import DDPCommunicationHookType as Hook, DistributedDataParallelKwargs as Settings
 make = Settings.__init__
 make.__defaults__ = tuple(Hook.FP16 if value is Hook.NO else value for value in make.__defaults__)
-"""  # as sitecustomize.py it runs before main.py, which has no flag for this; float16 as DDP has bfloat16 for GPUs only
+"""  # as sitecustomize.py it runs before main.py, whose --ddp_comm_hook bf16 is for GPUs only: float16 is as wide
 
 
 def sh(line):

@@ -111,7 +111,6 @@ SETTINGS = {  # flags → the words of the refusal
     "--bf16": ("bf16 is True instead of False",),
     "--add_eos": ("add_eos is True instead of False",),
     "--torch_compile True": ("torch_compile is {'backend': 'inductor', 'mode': None} instead of False",),
-    "--ddp_comm_hook bf16": ("ddp_comm_hook is 'bf16' instead of None",),
     "--max_train_samples 3": ("max_train_samples is 3 instead of None",),
 }
 

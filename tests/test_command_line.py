@@ -85,6 +85,8 @@ CALLS = {
     "beginning anew": (GOOD + "--overwrite_output_dir", "--overwrite_output_dir", "would lose", "leave it out"),
     "other data after a stop": (GOOD + "--ignore_data_skip", "--ignore_data_skip", "other data", "leave it out"),
     "fp16 without GPU": (GOOD + "--fp16", "--fp16", "GPU", "--bf16"),
+    "rounded gradients without GPU": (GOOD + "--ddp_comm_hook bf16", "--ddp_comm_hook", "GPU", "leave them out"),
+    "unknown hook": (GOOD + "--ddp_comm_hook fp8", "--ddp_comm_hook", "fp8", "bf16"),
     "report to nowhere": (GOOD + "--report_to nowhere", "nowhere", "tensorboard", "wandb"),
     "report to a misspelt place": (GOOD + "--report_to tensorbord", "tensorbord is not supported", "tensorboard,"),
     "report to none and more": (GOOD + "--report_to tensorboard none", "none is not supported"),
