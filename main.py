@@ -9,7 +9,8 @@ The file is in the order of a run, and main(), its last function, is the table o
     find_checkpoint ───────────────── where an earlier call of the same command has stopped, if one has
     load_model ────────────────────── float32 weights; 16-bit products come from autocast
     load_and_prepare_dataset ──────── read_texts ─▶ tokenize_texts ─▶ group_texts: chunks of one length
-    make_trainer, use_chunked_loss ── the Trainer, and a loss that never holds all logits
+    make_trainer ──────────────────── the Trainer, lean norms, windowed attention on a GPU, compiled layers
+    use_chunked_loss ──────────────── a loss that never holds all logits
     train_and_save ────────────────── .staging ─▶ checkpoint-N, curves ─▶ the finished model in output_dir
 """
 import argparse  # parses the command line
@@ -36,6 +37,7 @@ import tempfile  # tries whether a directory can be written
 import threading  # hears of errors in TensorBoard's writer thread
 import time  # speed, and the seconds of all calls
 import traceback  # errors with all their causes
+import warnings  # silences one of torch's
 from contextlib import contextmanager, suppress  # with statements of our own; errors that do not matter
 from dataclasses import dataclass, field  # state whose fields are listed in one place
 from datetime import timedelta  # how torch takes a timeout
@@ -443,6 +445,8 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
         log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")  # N ranks
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
+    die_if(made.use_liger_kernel and args.torch_compile,  # Liger would replace parts of compiled layers
+           "--use_liger_kernel and --torch_compile exclude each other: leave one out")
     if made.use_liger_kernel:  # Liger's layers are welcome, its loss would replace ours
         made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # ours stays in use
     return made  # vetted; its device is set up
@@ -1274,6 +1278,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         eval_dataset=validation and validation.with_format("torch"),  # None: no evaluation
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()})  # the mean of equally long chunks
     ddp = trainer.accelerator.ddp_handler  # settings of DistributedDataParallel, for several processes
+    warnings.filterwarnings("ignore", ".*broadcast_buffers")  # torch renames what the Trainer sets for us
     ddp.gradient_as_bucket_view = True  # gradients live where they are sent from: 1.07 GB less
     hook = run.settings["ddp_comm_hook"] or "no"  # "bf16": gradients are rounded for the way between processes
     ddp.comm_hook = accelerate.DDPCommunicationHookType(hook)  # accelerate would pass over a mere str

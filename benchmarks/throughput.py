@@ -25,10 +25,13 @@ import os
 import random
 import re
 import resource
+import runpy
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from statistics import median
@@ -100,7 +103,7 @@ def command_line(args):
     return [str(word) for word in [
         HERE.parent / "main.py", "--model_name_or_path", args.model, "--train_file", f"{args.work}/text.jsonl",
         "--max_seq_length", args.length, "--no_truncation", "--max_train_samples", args.batch * args.steps,
-        "--cache_dir", f"{args.work}/cache", "--output_dir", f"{args.work}/out", "--bf16",
+        "--cache_dir", f"{args.work}/cache", "--output_dir", f"{args.work}/out", *getattr(args, "flags", ["--bf16"]),
         "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1, "--max_steps", args.steps,
         "--learning_rate", 2e-5, "--weight_decay", 0.01, "--warmup_steps", 0, "--logging_steps", 1,
         "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True",
@@ -119,7 +122,7 @@ def train(args):
         "learning_rate": 2e-5, "weight_decay": 0.01, "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True, "bf16": True, "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
-    chunks = datasets.load_from_disk(f"{args.work}/chunks")
+    chunks = datasets.load_from_disk(f"{args.work}/chunks").take(args.batch * args.steps)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if args.child == "trl":
         from trl import SFTConfig, SFTTrainer
@@ -137,14 +140,30 @@ def train(args):
         trainer = Trainer(model=model, args=arguments, train_dataset=chunks, data_collator=default_data_collator)
     trainer.train()
     trainer.save_model()
-    return {"gpu_memory": torch.cuda.max_memory_allocated() / 1e9} if torch.cuda.is_available() else {}
+    return gpu_memory()
+
+
+def ours(args):
+    """Run main.py as the interpreter would, to know what it does not print. Returns: as train() does."""
+    sys.argv = command_line(args)
+    runpy.run_path(sys.argv[0], run_name="__main__")
+    return gpu_memory()
+
+
+def gpu_memory():
+    """Peaks of this process in GB: what tensors took, and what PyTorch had reserved for them; {} without a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return {}
+    return {"gpu_memory": torch.cuda.max_memory_allocated() / 1e9, "reserved": torch.cuda.max_memory_reserved() / 1e9}
 
 
 # ── The parent: starts them in turns, holds the stopwatch ────────────────────────────────────────────────────────────
 
 
-def run(command, args, limit=None):
-    """Run a command to its end, in `limit` GB of memory of its own if that is not None.
+def run(command, args, limit=None, seconds=None):
+    """Run a command to its end, in `limit` GB of memory of its own if that is not None, or kill it after `seconds`.
 
     Returns: status, its lines with their times of arrival, its standard error, and its largest resident memory in GB.
     """
@@ -156,8 +175,12 @@ def run(command, args, limit=None):
     with open(f"{args.work}/stderr", "w+") as errors:
         child = subprocess.Popen(
             [sys.executable, *command], stdout=-1, stderr=errors, text=True, env=env, preexec_fn=restrict or None)
+        alarm = threading.Timer(seconds or 86_400, os.kill, (child.pid, signal.SIGKILL))
+        alarm.daemon = True  # Ctrl-C ends this process without waiting for it
+        alarm.start()
         lines = [(time.perf_counter(), line.strip()) for line in child.stdout]
         _, status, usage = os.wait4(child.pid, 0)  # of this child alone; it began no larger than this small process
+        alarm.cancel()
         child.returncode = os.waitstatus_to_exitcode(status)
         errors.seek(0)
         return child.returncode, lines, errors.read(), usage.ru_maxrss * 1024 / 1e9
@@ -171,28 +194,39 @@ def ask(name, args):
 
 def child(name, args):
     """Return the words that start this script as one of the functions above."""
-    settings = {key: getattr(args, key, None) for key in ("model", "work", "length", "batch", "steps")}
+    keys = ("model", "work", "length", "batch", "steps", "flags")
+    settings = {key: getattr(args, key) for key in keys if hasattr(args, key)}
     return [__file__, "--child", json.dumps(settings | {"child": name})]
 
 
-def measure(name, args, limit):
-    """Train once. Returns: {"speed", "memory", "loss"}, or {"failed": why}."""
-    command = command_line(args) if name == "ours" else child(name, args)
-    status, lines, errors, memory = run(command, args, limit)
+def measure(name, args, limit, inside=False, patience=None):
+    """Train once, for `patience` seconds at most; inside: let main.py run in a child that tells what it reserved.
+
+    Returns: {"speed", "memory", "loss", "last"}, with the losses of the first and the last step, on a GPU perhaps
+    "reserved"; or {"failed": why}.
+    """
+    command = command_line(args) if name == "ours" and not inside else child(name, args)
+    began = time.monotonic()
+    status, lines, errors, memory = run(command, args, limit, patience)
     shutil.rmtree(f"{args.work}/out", ignore_errors=True)  # a gigabyte of weights
+    if status == -9 and patience and time.monotonic() - began >= patience:
+        return {"failed": f"no end within {patience:.0f} s"}
     full = re.search(r"out of memory|can't allocate memory|MemoryError|bad_alloc", errors, re.IGNORECASE)
     if status == -9 or (status and full):  # -9: the kernel's own remedy
         return {"failed": "out of memory"}
     steps = [(when, line) for when, line in lines if "'loss':" in line]
     if status or len(steps) != args.steps:
         print(errors[-3000:], file=sys.stderr)
-        return {"failed": f"exit status {status} after {len(steps)} of {args.steps} steps"}
+        last = [line.strip() for line in errors.splitlines() if line.strip()][-1:]
+        return {"failed": f"exit status {status} after {len(steps)} of {args.steps} steps", "said": "".join(last)}
     seconds = steps[-1][0] - steps[args.warmup - 1][0]  # the first steps also allocate, tune and compile
     speed = (args.steps - args.warmup) * args.batch * args.length / seconds
     said = "\n".join(line for _, line in lines) if args.gpu else ""  # only a trainer itself knows its GPU memory
     numbers = re.findall(r"""['"](?:peak_memory_gb|gpu_memory)['"]: '?([\d.]+)""", said)
-    loss = float(re.search(r"'loss': '?([\d.einfa]+)", steps[0][1])[1])
-    return {"speed": speed, "memory": max(map(float, numbers), default=memory), "loss": loss}
+    first, last = (float(re.search(r"'loss': '?([\d.einfa+-]+)", line)[1]) for _, line in (steps[0], steps[-1]))
+    row = {"speed": speed, "memory": max(map(float, numbers), default=memory), "loss": first, "last": last}
+    reserved = re.search(r'"reserved": ([\d.]+)', said)
+    return row | ({"reserved": float(reserved[1])} if reserved else {})
 
 
 def missing(name, args):
@@ -249,7 +283,7 @@ def main():
     args = parser.parse_args()
     if args.child:  # started by run()
         args = argparse.Namespace(**json.loads(args.child))
-        return print(json.dumps({"probe": probe, "prepare": prepare}.get(args.child, train)(args)))
+        return print(json.dumps({"probe": probe, "prepare": prepare, "ours": ours}.get(args.child, train)(args)))
     os.makedirs(args.cache, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.cache) as args.work:
         return compare(args)

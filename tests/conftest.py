@@ -8,6 +8,7 @@ test_training          numbers: losses, evaluations, logs, results, the plan; te
 test_machines          two machines, and the scripts that launch them; test_preflight: verify_setup.sh
 test_scripts           example_run.sh; test_style: what the files look like; test_benchmarks: benchmarks/
 test_real_weights      the real 270M model, as a user gets it
+test_gpu               what only a GPU can tell; bash tests/run.sh --gpu runs it, no other call collects it
 
 A run that several tests look at is a session fixture, here. A helper that two files need is in helpers.py. A test that
 needs a program says need("ip"); one that takes more than ten seconds is marked slow.
@@ -29,6 +30,7 @@ pytest.register_assert_rewrite("helpers")
 
 from helpers import (  # noqa: E402
     BEST,
+    GPU,
     HUB,
     KILL_TABLE,
     MACHINE_TABLE,
@@ -53,6 +55,42 @@ from helpers import (  # noqa: E402
     write_jsonl,
 )
 
+collect_ignore = [] if GPU else ["test_gpu.py"]
+GPU_TABLE = ["| what | result | measured | seconds |", "|---|---|---|---|"]  # printed at the end of the tests
+
+
+def pytest_sessionstart():
+    if GPU:
+        in_the_report("", "## Values and runs", "", *GPU_TABLE)
+
+
+def in_the_report(*lines):
+    """Append lines to $OUT/gpu.md, if OUT is set."""
+    if os.environ.get("OUT"):
+        with open(Path(os.environ["OUT"], "gpu.md"), "a", encoding="utf-8") as report:
+            report.write("\n".join(lines) + "\n")
+
+
+def pytest_runtest_logreport(report):
+    """Make a row of a test of --gpu as soon as it has ended: what it measured, or why it failed or was skipped."""
+    if not GPU or (report.passed and report.when != "call"):
+        return
+    words = report.nodeid.partition("::test_")[2].replace("_", " ")
+    measured = "; ".join(f"{name} {value}" for name, value in report.user_properties)
+    if report.skipped:
+        measured = str(report.longrepr[2])
+    elif report.failed:
+        crash = getattr(report.longrepr, "reprcrash", None)
+        measured = " ".join((crash.message if crash else str(report.longrepr)).split())[:300]
+    cells = [words, report.outcome, measured.replace("|", "/"), f"{report.duration:.1f}"]
+    GPU_TABLE.append(f"| {' | '.join(cells)} |")
+    in_the_report(GPU_TABLE[-1])
+
+
+def pytest_keyboard_interrupt():
+    if GPU:
+        in_the_report("| Ctrl-C, or the time limit of tests/run.sh | cut off | the tests behind did not run | |")
+
 
 def pytest_sessionfinish():
     HUB.__exit__(None, None, None)
@@ -60,12 +98,14 @@ def pytest_sessionfinish():
 
 
 def pytest_terminal_summary(terminalreporter):
-    """Print how many kills the runs of test_kills.py survived, and how those of test_machines.py ended."""
+    """Print how many kills the runs of test_kills.py survived, what a GPU said, how runs of test_machines.py ended."""
     if KILL_TABLE:
         terminalreporter.write_line("kills at             kills   runs  exact  crashed  wrong")
     for name, (kills, exact, crashed, wrong) in KILL_TABLE.items():
         runs = exact + crashed + wrong
         terminalreporter.write_line(f"{name:20} {kills:5} {runs:6} {exact:6} {crashed:8} {wrong:6}")
+    for line in GPU_TABLE if GPU else ():
+        terminalreporter.write_line(line)
     for case, result in MACHINE_TABLE.items():
         terminalreporter.write_line(f"{case:60} {result}")
 
@@ -191,6 +231,17 @@ def small_chunks(monkeypatch):
     monkeypatch.setitem(main.LOGITS_BYTES, "cpu", 7 * 4 * 97 + 1)
     monkeypatch.setitem(main.SOFTMAX_ROWS, "cpu", 3)
     monkeypatch.setitem(main.VOCABULARY_PART, "cpu", 40)
+
+
+@pytest.fixture
+def own_norms(monkeypatch):
+    """Give Gemma's norms and main.COMPILED back after a test in which main.py has put a model together."""
+    from transformers.models.gemma3.modeling_gemma3 import Gemma3RMSNorm
+
+    import main
+
+    monkeypatch.setattr(Gemma3RMSNorm, "forward", Gemma3RMSNorm.forward)
+    monkeypatch.setattr(main, "COMPILED", {})
 
 
 # ── Runs to look at, and to go on from ───────────────────────────────────────────────────────────────────────────────

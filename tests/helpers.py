@@ -23,6 +23,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from hub import StubHub  # noqa: E402
 
+GPU = bool(os.environ.get("TESTS_GPU"))  # set by bash tests/run.sh --gpu: no other test sees a GPU
 SCRATCH = Path(os.environ.get("TESTS_SCRATCH") or tempfile.mkdtemp(prefix="trainer-tests-"))
 HUB = StubHub(gated={"google/gemma-3-270m"}, tokens={"hf_good"}, unaccepted={"hf_stranger"}, narrow={"hf_narrow"})
 HUB.__enter__()
@@ -36,7 +37,7 @@ os.environ |= {
     "NO_PROXY": "127.0.0.1",
     "TOKENIZERS_PARALLELISM": "false",
     "OMP_NUM_THREADS": "1",  # tiny tensors are faster on one thread
-    "CUDA_VISIBLE_DEVICES": "",
+    "CUDA_VISIBLE_DEVICES": os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] if GPU else "",
 }
 
 import datasets  # noqa: E402, F401

@@ -4,9 +4,26 @@
 #     bash tests/run.sh             everything: also the quickstart on the real weights, in a fresh copy
 #     bash tests/run.sh --fast      about three minutes: the tiny model only
 #     bash tests/run.sh -k csv      further words go to pytest
+#     bash tests/run.sh --gpu       eight minutes on a GPU: values, then speeds; installs nothing (docs/gpu.md)
 
 set -euo pipefail  # a step that fails ends the run
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."  # the paths below are those of the repository
+
+if [ "${1:-}" = --gpu ]; then  # uses what the machine has: no network, no environment of its own
+    shift  # the rest belongs to benchmarks/gpu.py
+    python=.venv/bin/python  # the one of the README's commands
+    has_torch="import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"  # answers without importing it
+    "$python" -c "$has_torch" 2>/dev/null || python=${PYTHON:-python3}  # a machine with packages of its own
+    command -v "$python" >/dev/null || { echo "tests/run.sh: error: no $python here: set PYTHON" >&2; exit 2; }  # a slip
+    "$python" benchmarks/gpu.py --check "# On a GPU" "$@"  # says in a sentence what is missing: status 2
+    trap 'exit 130' INT  # Ctrl-C ends all of it; the limit below ends the tests alone
+    worst=0  # the exit status of the whole
+    export TESTS_GPU=1  # lets pytest collect test_gpu.py, and the tests see the first GPU
+    limit=(timeout --foreground --signal INT --kill-after 20 300)  # seconds: the speeds shall have their time
+    "${limit[@]}" "$python" -m pytest -q --tb=short --durations=5 -p no:cacheprovider tests/test_gpu.py || worst=1  # values
+    "$python" benchmarks/gpu.py "$@" || worst=1  # speeds also where a value is wrong
+    exit "$worst"  # 0: all tests passed, all rows were measured
+fi
 
 stamp=.venv/tests-installed  # written when everything is installed
 wanted=$(cat requirements.txt tests/requirements.txt | cksum)  # changes when one of them does

@@ -204,6 +204,7 @@ def test_two_ranks_train_and_evaluate(rank_flags, tmp_path):
         ranks = both([*rank_flags, *more], more)
         assert [done.status for done in ranks] == [0, 0], ranks
     assert "Done" in ranks[0].out and ranks[1].out == ""
+    assert not [done.err for done in ranks if "Warning" in done.err]
 
 
 @pytest.mark.slow
