@@ -614,8 +614,8 @@ def rotate(output_dir, limit, protected):  # keep the newest `limit` checkpoints
 LOGITS_BYTES = {"cuda": 1.1e9, "cpu": 0.135e9}  # the buffer: 2,098 tokens in 16 bits on a GPU, 257 on a CPU
 SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens at a time, 1 MB each in float32, where nothing is compiled
 VOCABULARY_PART = {"cpu": 8_192}  # words that a CPU multiplies at a time, 10 MB; a GPU takes all
-SLOPE_SCALE = {torch.float16: 2.0**15}  # float16 ends at 6e-8, so it holds gradients 32,768 times as large
-COMPILED = {}  # "cuda": softmax_slopes() as one kernel, once try_compiler() has seen it work
+GRAD_SCALE = {torch.float16: 2.0**15}  # float16 ends at 6e-8, so it holds gradients 32,768 times as large
+COMPILED = {}  # "cuda": softmax_gradients() as one kernel, once try_compiler() has seen it work
 HUB_ERRORS = {  # pattern for an exception's kind or message: what to do about it
     r"(GatedRepo|gated dataset).*":  # no token, or one of an account without access
     "is gated: accept the terms at {url}, then run hf auth login with a token of that account",
@@ -742,39 +742,39 @@ def add_product(total, a, b):  # total (M, N), in float32, += a (M, K) @ b (K, N
     else:  # bfloat16 on a CPU, where adding one dtype to another takes four times as long
         total += (a @ b).float()  # rounded to bfloat16 before the addition
 
-def softmax_slopes(logits, targets, softcap, train):  # where it is compiled it moves 6 bytes a logit
+def softmax_gradients(logits, targets, softcap, train):  # where it is compiled it moves 6 bytes a logit
     """(R, V) logits, (R, 1) labels → log p of the label and d loss / d its logit, (R, 1) each, in float32.
 
-    train: the other words' gradients, p, take the place of the logits. All are times SLOPE_SCALE."""
+    train: the other words' gradients, p, take the place of the logits. All are times GRAD_SCALE."""
     capped = softcap * torch.tanh(logits.float() / softcap) if softcap else logits  # Gemma 2: within ±30
     logs = torch.log_softmax(capped, -1, dtype=torch.float32)  # (R, V): log p of every word
     label = logs.gather(-1, targets)  # (R, 1): log p of the label
     if not train:  # an evaluation
         return label, None  # no gradients are made
-    scale = SLOPE_SCALE.get(logits.dtype, 1.0)  # 1 unless the logits are float16
-    own = label.expm1() * scale  # (R, 1): p - 1 of the label, exact also near p = 1
-    slopes = logs.exp_().mul_(scale)  # (R, V): p of every word
+    scale = GRAD_SCALE.get(logits.dtype, 1.0)  # 1 unless the logits are float16
+    grad_label = label.expm1() * scale  # (R, 1): p - 1 of the label, exact also near p = 1
+    grad = logs.exp_().mul_(scale)  # (R, V): p of every word
     if softcap:  # the chain rule
         bend = 1 - (capped / softcap).square()  # (R, V): d capped / d logit
-        own = own * bend.gather(-1, targets)  # (R, 1)
-        slopes = slopes.mul_(bend)  # (R, V)
-    logits.copy_(slopes)  # in the dtype of the logits
-    return label, own  # ChunkedLoss writes own into the logits: in here that would cost a second buffer
+        grad_label = grad_label * bend.gather(-1, targets)  # (R, 1)
+        grad = grad.mul_(bend)  # (R, V)
+    logits.copy_(grad)  # in the dtype of the logits
+    return label, grad_label  # ChunkedLoss writes the label's: in here that would cost a second buffer
 
-def try_compiler(head, softcap):  # → "", or how a compiled softmax_slopes() differs; else COMPILED has it
+def try_compiler(head, softcap):  # → "", or how a compiled softmax_gradients() differs; else COMPILED has it
     dtype = product_dtype(head)  # of the logits
     rows = int(LOGITS_BYTES[head.device.type] / (dtype.itemsize * len(head)))  # R of a full buffer
     noise = torch.Generator(head.device).manual_seed(0)  # of its own: the run's random numbers are left alone
     logits = torch.randn(rows, len(head), device=head.device, generator=noise, dtype=dtype)  # (R, V)
     targets = torch.arange(rows, device=head.device)[:, None] % len(head)  # (R, 1)
     few = logits[:8].clone()  # for the same without a compiler
-    kernel = torch.compile(softmax_slopes)  # two kernels: for evaluations and for training
+    kernel = torch.compile(softmax_gradients)  # two kernels: for evaluations and for training
     for tensor in (logits, targets):  # chunks have different numbers of tokens
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # R may change without compiling anew
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):  # as ChunkedLoss calls it
         kernel(logits, targets, softcap, False)  # for evaluations
         ours = (*kernel(logits, targets, softcap, True), logits)  # (R, 1) twice, (R, V): for training
-        theirs = (*softmax_slopes(few, targets[:8], softcap, True), few)  # the same for eight tokens
+        theirs = (*softmax_gradients(few, targets[:8], softcap, True), few)  # the same for eight tokens
     for one, other in zip(ours, theirs, strict=True):  # losses, gradients of labels, gradients of all words
         if not torch.allclose(one[:8].float(), other.float(), rtol=2e-2, atol=1e-6):  # bfloat16 ends at 0.8 %
             return "it changes the values"  # on this device, in this version of torch
@@ -800,7 +800,7 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
         most = LOGITS_BYTES.get(kind, 0.135e9) / (dtype.itemsize * len(head))  # tokens whose logits fit
         rows = math.ceil(len(labels) / math.ceil(len(labels) / max(1, int(most))))  # chunks of similar length
         buffer = torch.empty(rows, len(head), dtype=dtype, device=head.device)  # (rows, V): for all chunks
-        softmax = COMPILED.get(kind, softmax_slopes)  # one kernel, or a dozen
+        softmax = COMPILED.get(kind, softmax_gradients)  # one kernel, or a dozen
         step = rows if kind in COMPILED else SOFTMAX_ROWS.get(kind, 16)  # tokens in a call of the softmax
         with torch.autocast(kind, enabled=False):  # each dtype below is chosen by hand
             for start in range(0, len(labels), rows):  # first token of each chunk
@@ -811,26 +811,26 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
                     torch.mm(states, low[part].to(dtype).T, out=logits[:, part])  # (rows, part)
                 parts = (t.split(step) for t in (logits, targets[chunk], losses[chunk]))  # views of step rows
                 for scores, target, loss in zip(*parts, strict=True):  # once, where the softmax is compiled
-                    label, slope = softmax(scores, target, softcap, train)  # (step, 1) each
+                    label, grad_label = softmax(scores, target, softcap, train)  # (step, 1) each
                     loss.copy_(-label[:, 0])  # cross entropy of each token
                     if train:  # scores holds p of every word
-                        scores.scatter_(-1, target, slope.to(dtype))  # p - 1 for the label
+                        scores.scatter_(-1, target, grad_label.to(dtype))  # p - 1 for the label
                 if train:  # logits holds d loss / d logit by now
                     for part in words:  # a part at a time on a CPU
                         add_product(grad_hidden[chunk], logits[:, part], low[part].to(dtype))  # (rows, H)
                         add_product(grad_head[part], logits[:, part].T, states)  # (part, H)
         losses *= counted[:, 0]  # 0 where the label is -100
         ctx.mark_non_differentiable(losses)  # losses are for evaluations alone
-        ctx.gradients = (grad_hidden, grad_head)  # of the sum, times SLOPE_SCALE
+        ctx.gradients = (grad_hidden, grad_head)  # of the sum, times GRAD_SCALE
         ctx.counted = counted  # (N, 1)
-        ctx.scale = SLOPE_SCALE.get(dtype, 1.0)  # 1 but for float16
+        ctx.scale = GRAD_SCALE.get(dtype, 1.0)  # 1 but for float16
         return losses.sum(), losses  # the sum to learn from, losses to report
 
     @staticmethod  # called on the class, by autograd
     def backward(ctx, upstream, _):  # upstream: d loss of the step / d sum, a scalar
         grad_hidden, grad_head = ctx.gradients  # (N, H); (V, H): 0.67 GB in float32
         ctx.gradients = None  # ctx no longer holds 0.67 GB
-        upstream = upstream / ctx.scale  # undoes SLOPE_SCALE
+        upstream = upstream / ctx.scale  # undoes GRAD_SCALE
         grad_hidden.mul_(ctx.counted * upstream)  # (N, H): 0 where the label is -100
         return grad_hidden, grad_head.mul_(upstream), None, None, None  # autograd casts to the inputs' dtypes
 

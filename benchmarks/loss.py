@@ -73,6 +73,9 @@ def measure(name, tokens, gigabytes):
     weight = torch.randn(WORDS, WIDTH, device=device).mul_(0.1).requires_grad_()  # in place: 0.67 GB, not twice that
     labels = torch.randint(WORDS, (tokens,), device=device)
     main.LOGITS_BYTES[device] = gigabytes * 1e9
+    if name == "ours" and device == "cuda":  # as in main.use_chunked_loss()
+        with torch.autocast(device, torch.bfloat16):
+            main.tried("a compiled loss", main.try_compiler, weight, None)
 
     def peak():  # bytes
         return torch.cuda.max_memory_allocated() if device == "cuda" else getrusage(RUSAGE_SELF).ru_maxrss * 1024
@@ -85,7 +88,7 @@ def measure(name, tokens, gigabytes):
         before = perf_counter()
         with torch.autocast(device, torch.bfloat16):
             if name == "ours":
-                loss, _ = main.ChunkedLoss.apply(hidden, weight, labels, True)
+                loss, _ = main.ChunkedLoss.apply(hidden, weight, labels, None, True)  # no softcap
             else:
                 loss = loss_of(name, hidden, weight, labels, rows_of(name, tokens, gigabytes))
         loss.backward()
@@ -125,7 +128,9 @@ def run(argv=None):
             if done.returncode:
                 print(f"{name}: {done.stderr.strip().splitlines()[-1:]}", file=sys.stderr)
                 continue
-            seen[name, gigabytes].append([float(word) for word in done.stdout.split()])
+            *notes, figures = done.stdout.strip().splitlines()
+            print(*notes, sep="\n", end="\n" * bool(notes), file=sys.stderr)
+            seen[name, gigabytes].append([float(word) for word in figures.split()])
     print("| loss | rows a chunk | seconds (least to most) | peak GB | mean loss |\n|---|---|---|---|---|")
     for (name, gigabytes), measured in seen.items():
         if not measured:

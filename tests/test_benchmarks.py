@@ -2,6 +2,7 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
 from helpers import ROOT, launch
@@ -66,6 +67,78 @@ def test_the_rows_a_chunk_are_those_of_main():
     assert loss.rows_of("ours", 7, 0) == 1
 
 
+def test_memory_is_counted_from_an_operation_to_the_end_of_its_result():
+    """By hand: 4,000 bytes count as 4,096, a view as nothing, and what is gone leaves room."""
+    import gpu_memory
+    import torch
+
+    with gpu_memory.Tracker() as tracker:
+        kept = torch.zeros(1000)
+        part = kept[:10].view(2, 5)
+        gone = torch.zeros(3, 1000)
+        assert tracker.now == 4096 + 12_288
+        del gone, part
+        last = torch.zeros(256, dtype=torch.bfloat16)
+        assert (tracker.now, tracker.peak) == (4096 + 512, 4096 + 12_288)
+        del kept, last
+    assert tracker.now == 0
+    assert list(tracker.largest(1)) == [(12_288, 1, "aten.zeros float32 [3, 1000]")]
+
+
+@pytest.mark.parametrize("options", ({}, {"checkpointing": True}, {"plain": True}), ids=str)
+def test_fake_tensors_take_what_real_ones_take(options, tiny, own_norms):
+    """main.py's choices for a CPU: the same peak; the allocator's own count also has what kernels take inside, 5 %."""
+    import gpu_memory
+    import torch
+    import transformers
+    from torch.profiler import ProfilerActivity, profile
+
+    def train(fake):
+        config = transformers.AutoConfig.from_pretrained(tiny)
+        return gpu_memory.train(config, 4, 256, torch.bfloat16, attention="sdpa", fake=fake, **options)
+
+    fake, real = train(True).peak, train(False).peak
+    assert fake == real
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as record:
+        train(False)
+    now = most = 0
+    for event in record.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    assert most == pytest.approx(fake, rel=0.05)
+
+
+def test_four_chunks_without_checkpointing_fit_13_gb_of_a_gpu(own_norms):
+    """4 × 2,048 tokens, bfloat16; the weights are 268.1 M, and those of an accumulation have gradients: 4.29 GB."""
+    import gpu_memory
+    from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+    import main
+
+    with gpu_memory.FakeTensorMode():
+        model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**gpu_memory.SHAPE))
+    assert model.num_parameters() == scaling.EMBEDDING + scaling.LAYERS
+    choices = main.LOGITS_BYTES, main.COMPILED, main.add_product
+    assert 10 < gpu_memory.predict(4, 2048) < 13
+    assert choices == (main.LOGITS_BYTES, main.COMPILED, main.add_product)  # all is as it was
+
+
+@pytest.mark.slow
+def test_the_predicted_memory_of_a_gpu_stays_within_its_limits():
+    """8 × 2,048 tokens: 18 GB; 16 × 2,048: 28 GB; a table with a column for each way to train."""
+    script = ROOT / "benchmarks" / "gpu_memory.py"
+    done = launch(sys.executable, script, "--batch", "8", "16", "--largest", "3")
+    rows = [line.strip("| ").split(" | ") for line in done.out.splitlines() if re.match(r"\| (tokens|\d+ ×)", line)]
+    assert [row[0] for row in rows] == ["tokens", "8 × 2,048", "16 × 2,048"], done.out + done.err
+    told = {row[0]: dict(zip(rows[0][1:], map(float, row[1:]), strict=True)) for row in rows[1:]}
+    assert told["8 × 2,048"]["bf16"] < 18 and told["16 × 2,048"]["bf16"] < 28, done.out
+    for row in told.values():
+        assert row["`--gradient_checkpointing`"] < row["bf16"] < row["bf16, sdpa"] < row["plain Trainer"], done.out
+        assert row["`--fp16`, sdpa"] == pytest.approx(row["bf16, sdpa"], abs=0.1)
+    assert "a prediction" in done.out and "Alive at the peak of 16 × 2,048, bf16" in done.out
+
+
 @pytest.mark.slow
 def test_the_losses_agree_and_memory_is_counted_above_the_inputs():
     """8 tokens: the head's gradient in float32 is 0.67 GB, its 16-bit copy half of that; inputs are not counted."""
@@ -80,13 +153,68 @@ def test_the_losses_agree_and_memory_is_counted_above_the_inputs():
 
 
 @pytest.mark.slow
-def test_the_profile_files_all_time_under_a_part(tiny):
-    """A step of the tiny model: the shares add up, and the optimizer is among them."""
+@pytest.mark.parametrize("steps", (1, 8))
+def test_the_profile_files_all_time_under_a_part(steps, tiny):
+    """Steps of the tiny model: the shares add up, and the optimizer is among them; of eight, two are timed."""
     script = ROOT / "benchmarks" / "step_profile.py"
-    done = launch(sys.executable, script, "--model", tiny, "--length", "64", "--steps", "1")
+    done = launch(sys.executable, script, "--model", tiny, "--length", "64", "--steps", str(steps))
     shares = dict(re.findall(r"^\| (.+?) \| [\d.]+ \| ([\d.]+)% \|$", done.out, re.MULTILINE))
-    assert "optimizer and clipping" in shares, done.out + done.err
+    assert "optimizer and clipping" in shares and "attention" in shares, done.out + done.err
     assert sum(map(float, shares.values())) == pytest.approx(100, abs=0.5)
+    assert ("without the profiler: " in done.out) == (steps == 8), done.out
+    assert f"64 tokens a step; {min(steps, 2)} of {steps} steps recorded" in done.out
+
+
+def test_the_profile_of_a_gpu_files_kernels_by_what_launched_them(monkeypatch, capsys):
+    """Events as the profiler of a GPU gives them, by hand: two steps, two waits, kernels in five parts and in none."""
+    import step_profile
+
+    monkeypatch.setattr(step_profile, "HEAD", {500})
+
+    def event(name, parent=None, shapes=(), kernels=(), device="CPU", micros=0, note=False):
+        return SimpleNamespace(
+            name=name, cpu_parent=parent, input_shapes=list(shapes), device_type=f"DeviceType.{device}",
+            kernels=[SimpleNamespace(name=kernel, duration=time) for kernel, time in kernels],
+            is_user_annotation=note, time_range=SimpleNamespace(elapsed_us=lambda: micros),
+        )  # fmt: skip
+
+    step, update = event("ProfilerStep#3"), event("Optimizer.step#AdamW.step")
+    attention, loss = event("torch_attn::_varlen_attn_backward"), event("ChunkedLoss")
+    item = event("aten::item", step)
+    events = [
+        step, update, attention, loss, item,
+        event("aten::mm", step, [[64, 8], [8, 8]], [("gemm", 40)]),
+        event("aten::addmm", loss, [[64, 8], [8, 9]], [("gemm", 30)]),
+        event("triton_red_fused__log_softmax_1", step, [], [("softmax", 10)]),
+        event("aten::mul", step, [[8, 500], []], [("scale", 2)]),
+        event("aten::sum", attention, [[64, 8]], [("reduce", 8)]),
+        event("aten::add_", event("aten::_foreach_add_", update), [[500, 8]], [("add", 5)]),
+        event("triton_poi_fused_gelu_0", event("CompiledFunction", step), [[64, 8]], [("gelu", 4)]),
+        *[event("cudaLaunchKernel", step)] * 6, event("cuLaunchKernelEx", step), event("cudaMemcpyAsync", item),
+        event("cudaStreamSynchronize", item), event("cudaStreamSynchronize", item), event("cudaDeviceSynchronize"),
+        event("gemm", device="CUDA", micros=40), event("gemm", device="CUDA", micros=30),
+        *[event(name, device="CUDA", micros=micros) for name, micros in (
+            ("softmax", 10), ("scale", 2), ("reduce", 8), ("add", 5), ("gelu", 4), ("stray", 1))],
+        event("Optimizer.step#AdamW.step", device="CUDA", micros=77, note=True),
+    ]  # fmt: skip
+    assert {part: round(1e6 * seconds) for part, seconds in step_profile.parts_of(events, True).items()} == {
+        "layers: matrix products": 40, "head: matrix products": 30, "head: softmax, losses, casts, sums": 12,
+        "attention": 8, "optimizer and clipping": 5, "layers: norms, activations, casts, sums": 4,
+        "launched outside of operations": 1}  # fmt: skip
+    step_profile.report_gpu(events, 2)
+    told = capsys.readouterr().out
+    assert "- 4 launches of kernels a step" in told and "- 1.50 waits" in told  # 7 / 2, rounded to the even 4
+    assert "| cudaStreamSynchronize | 1.00 | aten::item |" in told and "| cudaDeviceSynchronize | 0.50 |" in told
+    assert "| `gemm` | layers: matrix products | 0.035 | 70.0% | 1.0 |" in told
+    assert "| `stray` | – |" in told and "AdamW" not in told
+
+
+def test_steps_to_profile_are_divided_as_the_help_says():
+    """Left out, timed, before those recorded; at least one step is recorded."""
+    import step_profile
+
+    assert step_profile.plan(20) == (5, 5, 11) and step_profile.plan(8) == (2, 2, 5)
+    assert [step_profile.plan(steps) for steps in (1, 2, 7)] == [(0, 0, 0), (1, 0, 1), (1, 0, 1)]
 
 
 @pytest.mark.slow
@@ -107,3 +235,45 @@ def test_a_trainer_that_needs_too_much_memory_is_a_row_of_the_table(tiny, tmp_pa
     done = launch(sys.executable, ROOT / "benchmarks" / "throughput.py", "--quick", "--model", tiny, "--only", "ours",
                   "--length", "512", "--batch", "256", "--memory", "1.2", "--cache", tmp_path)  # fmt: skip
     assert "| ours | out of memory |" in done.out, done.out + done.err
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_a_gpu_makes_its_table_as_it_goes(tiny, tmp_path):
+    """On the CPU, by --quick: a row for each run, what is not there is said, and the first losses agree."""
+    words = [sys.executable, ROOT / "benchmarks" / "gpu.py", "--quick", "--model", tiny, "--cache", tmp_path / "cache"]
+    done = launch(*words, "--only", "plain", "checkpointing", "Liger", "TRL", env={"OUT": str(tmp_path)})
+    assert done.status == 0, done.out + done.err
+    table = (tmp_path / "gpu.md").read_text()
+    assert table == done.out and "DIFFER" not in table
+    title, *rows = [line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ")]
+    assert title[:3] == ["run", "tokens a step", "tokens/s"] and {len(row) for row in rows} == {len(title)}, table
+    told = {row[0]: row for row in rows}
+    for name, tokens in (("plain Trainer, bf16", "1 × 64"), ("main.py --bf16 --gradient_checkpointing", "3 × 64")):
+        assert told[name][1] == tokens and float(told[name][2].replace(",", "")) > 0
+        assert re.fullmatch(r"[\d.]+ → [\d.]+", told[name][7])
+    assert told["Trainer with Liger, bf16"][2] == "**its kernels need a GPU**"
+    assert "CPU, " in table and "torch " in table and "python benchmarks/gpu.py --quick" in table
+
+    late = launch(*words, "--only", "plain", "--minutes", "0")
+    assert late.status == 0 and "| plain Trainer, bf16 | 1 × 64 | **no time** |" in late.out, late.out + late.err
+
+
+def test_the_part_of_a_gpu_says_in_a_sentence_that_there_is_none(tmp_path):
+    """Status 2, and nothing else happens: no test, no table; the same where torch or a folder is missing."""
+    run = ROOT / "tests" / "run.sh"
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    (empty / "torch.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')\n")
+    for env, words in (({"OUT": str(tmp_path)}, "sees no CUDA GPU here"),
+                       ({"PYTHONPATH": str(empty)}, "torch cannot use the GPU: libcudart.so.13"),
+                       ({"OUT": "/nowhere"}, "OUT is /nowhere, where nothing can be written")):  # fmt: skip
+        done = launch("bash", run, "--gpu", env=env)
+        assert done.status == 2 and done.out == "", done.out + done.err
+        assert done.err.startswith("tests/run.sh --gpu: error: ") and words in done.err and done.err.count("\n") == 1
+    assert not (tmp_path / "gpu.md").exists()
+
+
+def test_no_other_call_collects_the_tests_of_a_gpu():
+    """They are neither run nor counted, so that a run on a CPU has nothing to explain."""
+    done = launch(sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", "gpu", ROOT / "tests")
+    assert "test_gpu.py" not in done.out and "test_benchmarks.py" in done.out, done.out

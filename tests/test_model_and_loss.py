@@ -294,7 +294,7 @@ def test_both_paths_err_no_more_than_their_dtype(small_chunks, monkeypatch, dtyp
 def test_a_compiled_softmax_has_one_buffer():
     """What the compiler makes of it writes the gradients over the logits: no second tensor of their size exists."""
     words, rows = 4096, 64
-    kernel, sizes = torch.compile(main.softmax_slopes), []
+    kernel, sizes = torch.compile(main.softmax_gradients), []
     logits, targets = torch.randn(rows, words).bfloat16(), torch.arange(rows)[:, None]
     kernel(logits.clone(), targets, None, True)
     with torch.profiler.profile(profile_memory=True) as record:
@@ -307,7 +307,7 @@ def test_a_softmax_that_compiles_wrongly_or_not_at_all_stays_uncompiled(monkeypa
     """A note, and nothing in COMPILED; full memory is no reason to go on, as the training would not fit either."""
     monkeypatch.setattr(main, "COMPILED", {})
     monkeypatch.setitem(main.LOGITS_BYTES, "cpu", 4 * 97 * 50)
-    kernel = main.softmax_slopes
+    kernel = main.softmax_gradients
 
     def wrong(*given):
         label, slope = kernel(*given)
