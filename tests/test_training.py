@@ -320,8 +320,7 @@ with main.reported():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("ranks", [1, 2])
-@pytest.mark.parametrize("more", [["--bf16"], ["--gradient_checkpointing"]], ids=["bf16", "checkpointing"])
+@pytest.mark.parametrize(("ranks", "more"), [(1, ["--bf16", "--gradient_checkpointing"]), (2, ["--bf16"])])
 def test_every_whole_batch_of_a_run_is_computed_by_the_compiled_layers(ranks, more, two_epochs, tmp_path):
     """G2: a batch for which the trial's graphs do not fit would end this run, and train uncompiled otherwise."""
     script = tmp_path / "strict.py"
