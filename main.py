@@ -197,8 +197,8 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     model = args.model_name_or_path  # a hub name or a directory
     output = args.output_dir  # may not exist yet
     run = any(glob(mark, root_dir=output) for mark in (".lock", "manifest.json", "checkpoint-[0-9]*"))  # in output
-    flash = {found.version[0] for found in distributions(name="flash-attn")}  # {"2"}: 4 has another name
-    die_if(args.use_flash_attention and flash != {"2"},  # its package is missing, or a later one
+    flash = {(found.version or "")[:1] for found in distributions(name="flash-attn")}  # 4 is flash-attn-4
+    die_if(args.use_flash_attention and flash != {"2"},  # flash-attn is missing, or is no version 2
            "--use_flash_attention needs flash-attn 2: pip install flash-attn --no-build-isolation")
     die_if(args.dataset_name and (args.train_file or args.validation_file),  # data given twice
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
@@ -421,13 +421,18 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     die_if(rest, f"{', '.join(map(repr, rest))} belongs to no flag: leave it out, or put --train_file before")  # stray
     die_if(plan.max_steps < 1 and plan.max_steps != -1,  # -1 stands for not given
            f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")
-    asked = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "NO").lower()  # from `accelerate config`
+    asked = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "NO").lower()  # by `accelerate config`
     backend = plan.torch_compile_backend or {"no": None}.get(asked, asked)  # None without any wish
-    args.torch_compile = bool(plan.torch_compile or backend or plan.torch_compile_mode)  # wished for
-    if args.torch_compile:  # the options of torch.compile
-        args.torch_compile = {"backend": backend or "inductor", "mode": plan.torch_compile_mode}  # settings
+    mode = plan.torch_compile_mode  # of torch.compile
+    forbidden = {"--torch_compile", "--no_torch_compile"} & {*args.given} and not plan.torch_compile  # by flag
+    die_if(mode in ("reduce-overhead", "max-autotune"),  # torch documents it for gradient accumulation
+           f"--torch_compile_mode {mode} uses CUDA graphs, which cannot add up the gradients of several batches: "
+           "leave it out, or give max-autotune-no-cudagraphs")
+    args.torch_compile = not forbidden and bool(plan.torch_compile or backend or mode)  # any wish
+    if args.torch_compile:  # kept in run.json: a run that goes on keeps them
+        args.torch_compile = {"backend": backend or "inductor", "mode": mode}  # arguments of torch.compile
     plan.torch_compile = False  # the Trainer would compile the whole model
-    plan.torch_compile_backend = plan.torch_compile_mode = None  # each of them would switch it on
+    plan.torch_compile_backend = plan.torch_compile_mode = None  # one alone makes the Trainer compile
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
         die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # sharded
     die_if(plan.load_best_model_at_end and plan.save_strategy == "steps" and plan.save_steps != plan.eval_steps,  # lost
@@ -441,7 +446,7 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # any flag's fault
         die(f"the Trainer does not accept these flags: {one_line(error)}")  # in the Trainer's own words
     old = made.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)  # a T4 or V100
-    die_if(old and made.mixed_precision == "bf16", "--bf16 needs an A40 or a newer GPU: use --fp16 here")  # slow
+    die_if(old and made.mixed_precision == "bf16", "--bf16 needs an A40 or a newer GPU: use --fp16")  # emulated
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
         log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")  # N ranks
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
@@ -477,7 +482,7 @@ def run_settings(args, training_args):  # → {name: JSON value} of the flags th
     settings = {name: value for name, value in flags.items()  # about 60 stay
                 if not name.startswith(HARMLESS) or name.startswith(looks)}  # harmless flags may still change
     settings |= {"processes": training_args.world_size, "autocast": training_args.mixed_precision}  # set by accelerate
-    settings["torch_compile"] = args.torch_compile  # False, or its options: the Trainer knows nothing of them
+    settings["torch_compile"] = args.torch_compile  # False, or backend and mode: the Trainer's own says False
     for name in {"train_file", "validation_file"} & settings.keys():  # fingerprints() compares every id later
         settings[name] = [f"{basename(path)} ({getsize(path):,} bytes)" for path in flags[name]]  # its path may change
     settings["model_name_or_path"] = basename(args.model_name_or_path.rstrip(os.sep))  # its path may change
@@ -614,8 +619,8 @@ def rotate(output_dir, limit, protected):  # keep the newest `limit` checkpoints
 LOGITS_BYTES = {"cuda": 1.1e9, "cpu": 0.135e9}  # the buffer: 2,098 tokens in 16 bits on a GPU, 257 on a CPU
 SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens at a time, 1 MB each in float32, where nothing is compiled
 VOCABULARY_PART = {"cpu": 8_192}  # words that a CPU multiplies at a time, 10 MB; a GPU takes all
-GRAD_SCALE = {torch.float16: 2.0**15}  # float16 ends at 6e-8, so it holds gradients 32,768 times as large
-COMPILED = {}  # "cuda": softmax_gradients() as one kernel, once try_compiler() has seen it work
+GRAD_SCALE = {torch.float16: 2.0**15}  # float16 has nothing below 6e-8: gradients are held 32,768 times as large
+COMPILED = {}  # ("cuda", dtype): softmax_gradients(), compiled, once try_compiler() has seen it work
 HUB_ERRORS = {  # pattern for an exception's kind or message: what to do about it
     r"(GatedRepo|gated dataset).*":  # no token, or one of an account without access
     "is gated: accept the terms at {url}, then run hf auth login with a token of that account",
@@ -674,24 +679,24 @@ def load_model(args):  # from the hub, its cache or a directory
 def tried(what, trial, *args):  # → whether a trial on the device at hand goes well; if not, a note says why
     try:  # a compiler may be missing, a GPU too old, torch another one
         why = trial(*args)  # "" or None if all is well, else words
-    except torch.OutOfMemoryError:  # explain() has a sentence for it
-        raise  # the training would not fit, either
     except Exception as error:  # dozens of kinds: the compiler's, the driver's, torch's own
+        if isinstance(error, torch.OutOfMemoryError) or ending(error):  # a full GPU, or a signal
+            raise  # explain() and reported() have sentences for both
         why = f"{type(error).__name__}: {one_line(error)[:120]}"  # its beginning tells the cause
     if why and SPEAKER:  # each machine speaks of its own devices
         print(f"note     {what} is not used ({why}): slower, but not wrong", flush=True)  # the run goes on
     return not why  # True: what was tried is in use
 
 # Flash Attention from torch (arXiv:2307.08691): no mask is made, and only the keys in the window are read.
-GQA = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11 has none
+GQA_FLAG = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11 has none
 def windowed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, **_):  # on CUDA
     """(B, heads, T, D) queries, (B, kv heads, T, D) keys and values → (B, T, heads, D), None; causal."""
     length = query.shape[2]  # T
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value))  # (B × T, …, D)
-    starts = torch.arange(0, len(q) + 1, length, dtype=torch.int32, device=q.device)  # (B + 1,): of chunks
+    starts = torch.arange(0, len(q) + 1, length, dtype=torch.int32, device=q.device)  # (B + 1,): borders
     window = (sliding_window - 1 if sliding_window else -1, 0)  # keys before and behind a token; -1: all
     out = varlen_attn(  # (B × T, heads, D)
-        q, k, v, starts, starts, length, length, scale=scaling, window_size=window, **GQA)  # equal lengths
+        q, k, v, starts, starts, length, length, scale=scaling, window_size=window, **GQA_FLAG)  # all have T
     return out.unflatten(0, (-1, length)), None  # None in the place of attention weights
 
 def try_attention(config, device, dtype):  # → "", or by how much windowed_attention() differs from sdpa
@@ -700,17 +705,18 @@ def try_attention(config, device, dtype):  # → "", or by how much windowed_att
     noise = torch.Generator(device).manual_seed(0)  # of its own: the run's random numbers are left alone
     sizes = [(1, count, length, config.head_dim) for count in heads]  # of queries, keys and values
     parts = [torch.randn(size, device=device, generator=noise).to(dtype) for size in sizes]  # q, k, v
-    upstream = parts[0][:, :, -128:]  # (1, heads, 128, D): any numbers will do for d loss / d output
     at = torch.arange(length, device=device)  # places of the tokens
     scale = config.head_dim**-0.5  # of scores
+    upstream = parts[0][:, :, -128:]  # (1, heads, 128, D), d loss / d output: any numbers will do
     for window in (config.sliding_window, None):  # sliding layers, full layers
         leaves = [part.clone().requires_grad_() for part in parts]  # queries, keys, values in 16 bits
         out, _ = windowed_attention(None, *leaves, None, scale, window)  # (1, T, heads, D)
         out = out.transpose(1, 2)[:, :, -128:]  # (1, heads, 128, D)
         ours = [out, *torch.autograd.grad(out, leaves, upstream)]  # output and three gradients
-        leaves = [part.float().requires_grad_() for part in parts]  # the same in float32
+        leaves = [part.float().requires_grad_() for part in parts]  # the same numbers in float32
         mask = (at[:, None] >= at) & (at[:, None] - at < (window or length))  # (T, T): what a token may see
-        out = sdpa(*leaves, attn_mask=mask, scale=scale, enable_gqa=True)[:, :, -128:]  # (1, heads, 128, D)
+        with torch.autocast(device.type, enabled=False):  # the judge computes in float32
+            out = sdpa(*leaves, attn_mask=mask, scale=scale, enable_gqa=True)[:, :, -128:]  # (1, heads, 128, D)
         theirs = [out, *torch.autograd.grad(out, leaves, upstream.float())]  # output and three gradients
         errors = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]  # relative
         error = max(errors)  # 0.005 by rounding; a window that is wrong by one token gives 0.04
@@ -720,12 +726,11 @@ def try_attention(config, device, dtype):  # → "", or by how much windowed_att
 
 def use_windowed_attention(model):  # where there is a kernel for it, and it gives what sdpa gives
     dtype = product_dtype(model.get_input_embeddings().weight)  # bfloat16 with --bf16
-    usual = model.config._attn_implementation == "sdpa"  # else --use_flash_attention is given
-    usual = usual and model.config.model_type == "gemma3_text"  # other models may mask in other ways
-    if not usual or model.device.type != "cuda" or dtype == torch.float32:  # there is no such kernel
-        return  # attention stays as it is
-    if tried("windowed attention", try_attention, model.config, model.device, dtype):  # needs an A40 or newer
-        transformers.AttentionInterface.register("windowed", windowed_attention)  # no name with "flash"
+    fits = model.config._attn_implementation == "sdpa"  # else --use_flash_attention is given
+    fits = fits and model.config.model_type == "gemma3_text"  # other models may mask in other ways
+    fits = fits and model.device.type == "cuda" and dtype != torch.float32  # there is no other kernel
+    if fits and tried("windowed attention", try_attention, model.config, model.device, dtype):  # for Ampere
+        transformers.AttentionInterface.register("windowed", windowed_attention)  # "flash" means a package
         model.set_attn_implementation("windowed")  # for a name of ours transformers makes no masks
 
 def product_dtype(x):  # → dtype of matrix products with the tensor x: that of autocast, or its own
@@ -742,7 +747,7 @@ def add_product(total, a, b):  # total (M, N), in float32, += a (M, K) @ b (K, N
     else:  # bfloat16 on a CPU, where adding one dtype to another takes four times as long
         total += (a @ b).float()  # rounded to bfloat16 before the addition
 
-def softmax_gradients(logits, targets, softcap, train):  # where it is compiled it moves 6 bytes a logit
+def softmax_gradients(logits, targets, softcap, train):  # made to be compiled: 6 bytes moved for each logit
     """(R, V) logits, (R, 1) labels → log p of the label and d loss / d its logit, (R, 1) each, in float32.
 
     train: the other words' gradients, p, take the place of the logits. All are times GRAD_SCALE."""
@@ -767,8 +772,8 @@ def try_compiler(head, softcap):  # → "", or how a compiled softmax_gradients(
     noise = torch.Generator(head.device).manual_seed(0)  # of its own: the run's random numbers are left alone
     logits = torch.randn(rows, len(head), device=head.device, generator=noise, dtype=dtype)  # (R, V)
     targets = torch.arange(rows, device=head.device)[:, None] % len(head)  # (R, 1)
-    few = logits[:8].clone()  # for the same without a compiler
-    kernel = torch.compile(softmax_gradients)  # two kernels: for evaluations and for training
+    few = logits[:8].clone()  # (8, V): for the uncompiled function
+    kernel = torch.compile(softmax_gradients)  # two graphs: for evaluations and for training
     for tensor in (logits, targets):  # chunks have different numbers of tokens
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # R may change without compiling anew
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):  # as ChunkedLoss calls it
@@ -776,9 +781,9 @@ def try_compiler(head, softcap):  # → "", or how a compiled softmax_gradients(
         ours = (*kernel(logits, targets, softcap, True), logits)  # (R, 1) twice, (R, V): for training
         theirs = (*softmax_gradients(few, targets[:8], softcap, True), few)  # the same for eight tokens
     for one, other in zip(ours, theirs, strict=True):  # losses, gradients of labels, gradients of all words
-        if not torch.allclose(one[:8].float(), other.float(), rtol=2e-2, atol=1e-6):  # bfloat16 ends at 0.8 %
+        if not torch.allclose(one[:8].float(), other.float(), rtol=2e-2, atol=1e-7):  # bfloat16: 0.8 %
             return "it changes the values"  # on this device, in this version of torch
-    COMPILED[head.device.type] = kernel  # ChunkedLoss takes it from here on
+    COMPILED[head.device.type, dtype] = kernel  # ChunkedLoss takes it from here on
     return ""  # values and gradients are right
 
 class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
@@ -800,8 +805,8 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
         most = LOGITS_BYTES.get(kind, 0.135e9) / (dtype.itemsize * len(head))  # tokens whose logits fit
         rows = math.ceil(len(labels) / math.ceil(len(labels) / max(1, int(most))))  # chunks of similar length
         buffer = torch.empty(rows, len(head), dtype=dtype, device=head.device)  # (rows, V): for all chunks
-        softmax = COMPILED.get(kind, softmax_gradients)  # one kernel, or a dozen
-        step = rows if kind in COMPILED else SOFTMAX_ROWS.get(kind, 16)  # tokens in a call of the softmax
+        softmax = COMPILED.get((kind, dtype), softmax_gradients)  # compiled or not
+        step = rows if (kind, dtype) in COMPILED else SOFTMAX_ROWS.get(kind, 16)  # tokens in a call of it
         with torch.autocast(kind, enabled=False):  # each dtype below is chosen by hand
             for start in range(0, len(labels), rows):  # first token of each chunk
                 chunk = slice(start, start + rows)  # the last chunk may be shorter
@@ -844,10 +849,6 @@ def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alon
     alone = alone and model.config.model_type == "gemma3_text" and table.weight is head.weight  # one matrix
     alone = alone and head.weight.device.type == "cpu" and table.padding_idx is not None  # a GPU adds in any order
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # None for Gemma 3
-    if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # more than one matrix
-        return False  # the model keeps its own loss
-    if head.weight.is_cuda:  # a CPU is as fast without a compiler
-        tried("a compiled loss", try_compiler, head.weight, softcap)  # if not: rows of a few tokens
 
     # A tied table needs no (V, H) gradient of its own: add() adds to the head's, which the loss has made.
     def rows_of(input_ids):  # (B, T) → the table's rows (B, T, H), where autograd ends
@@ -873,13 +874,20 @@ def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alon
         text = {"inputs_embeds": rows_of(input_ids)} if rows else {"input_ids": input_ids}  # (B, T, H), or (B, T)
         return loss_of(model.base_model(**text, **rest).last_hidden_state, labels, num_items_in_batch)  # a dict
 
-    ids = torch.arange(8, device=head.weight.device)[None]  # (1, 8): eight tokens tell two losses apart
-    with torch.no_grad():  # finds scaled logits, or a loss of experts
-        theirs = own(ids, labels=ids).loss.float()  # scalar: mean loss by the model's own head
-        ours = forward(ids, labels=ids)["loss"]  # scalar: mean loss by ChunkedLoss
-    same = torch.isclose(theirs, ours, rtol=1e-2, equal_nan=True).item()  # room for two roundings to 16 bits
-    model.forward = forward if same else own  # on this object; accelerate wraps autocast around it
-    return same  # False: make_trainer() notes it
+    def trial():  # → "" if eight tokens cost the same by both losses
+        if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # more than one matrix
+            return "this model's own head holds all logits"  # GBs
+        if head.weight.is_cuda:  # a CPU is as fast without a compiler
+            tried("a compiled loss", try_compiler, head.weight, softcap)  # else 256 rows at a time
+        ids = torch.arange(8, device=head.weight.device)[None]  # (1, 8): enough to tell two losses apart
+        with torch.no_grad():  # finds scaled logits, or a loss of experts
+            theirs = own(ids, labels=ids).loss.float()  # scalar: mean loss by the model's own head
+        ours = forward(ids, labels=ids)["loss"]  # scalar: mean loss by ChunkedLoss, with its gradients
+        same = torch.isclose(theirs, ours, rtol=1e-2, equal_nan=True)  # room for two roundings to 16 bits
+        return "" if same.item() else "this model's own is another one, and holds all logits"  # GBs
+    fits = tried("the chunked loss", trial)  # a GPU's products are tried, too
+    model.forward = forward if fits else own  # on this object; accelerate wraps autocast around it
+    return fits  # False: tried() has said why
 
 # Six norms in each layer: values as in the model's own, but only x is kept, a third of all activations less.
 class LeanNorm(torch.autograd.Function):  # in the place of Gemma3RMSNorm's forward()
@@ -905,26 +913,30 @@ class LeanNorm(torch.autograd.Function):  # in the place of Gemma3RMSNorm's forw
 def use_lean_norms(model):  # one function for all norms, so that the compiler finds all layers alike
     kinds = {type(part) for part in model.modules()}  # classes of its parts
     for kind in [kind for kind in kinds if kind.__name__ == "Gemma3RMSNorm"]:  # 109 parts in Gemma 3 270M
-        kind.forward = lambda norm, x: LeanNorm.apply(x, norm.weight, norm.eps)  # others have no 1 + weight
+        kind.forward = lambda norm, x: LeanNorm.apply(x, norm.weight, norm.eps)  # other norms have no 1 +
 
 # The layers are compiled one by one: two graphs, sliding and full, whatever the depth. A trial compiles them
-# for the shape of a training batch. Shorter batches and evaluations run uncompiled: no pause within a run.
-def compile_layers(model, batch, length, options):  # B, T, options of torch.compile; may raise Exception
+# for the shape of a training batch. From then on this process compiles nothing any more: shorter batches and
+# evaluations run uncompiled, without a pause in the run.
+def compile_layers(model, batch, length, options):  # B, T, arguments of torch.compile → "", or why not
     lists = [part for part in model.base_model.children() if isinstance(part, torch.nn.ModuleList)]  # one
-    layers = [layer for part in lists for layer in part]  # 18
+    layers = [layer for part in lists for layer in part]  # 18 in Gemma 3 270M
+    if not layers:  # a model of parts, such as one for pictures
+        return "this model has no list of layers"  # nothing is compiled
     torch._dynamo.config.optimize_ddp = False  # it would cut each graph where gradients are sent
     try:  # the compiler may be missing
         for layer in layers:  # names in checkpoints stay as they are
             layer.compile(**options)  # compiled at the first call
         width = model.get_input_embeddings().embedding_dim  # H
-        text = torch.zeros(batch, length, width, device=model.device, requires_grad=True)  # no words
-        out = model.train().base_model(inputs_embeds=text).last_hidden_state  # (B, T, H): compiles forward
-        torch.autograd.grad(out.float().sum(), text)  # compiles backward; no weight gets a gradient
-        torch.compiler.set_stance("eager_on_recompile")  # from here on nothing is compiled any more
+        embedded = torch.zeros(batch, length, width, device=model.device, requires_grad=True)  # any values
+        out = model.train().base_model(inputs_embeds=embedded).last_hidden_state  # (B, T, H): forward
+        torch.autograd.grad(out.float().sum(), embedded)  # backward; no weight gets a gradient
+        torch.compiler.set_stance("eager_on_recompile")  # from here on nothing is compiled
     except Exception:  # of the compiler
         for layer in layers:  # as they were
             layer._compiled_call_impl = None  # what compile() has set
         raise  # tried() says why
+    return ""  # all layers are compiled
 
 # ── Data: read ─▶ tokenize ─▶ pack ─────────────────────────────────────────────────────────────────
 # Text becomes chunks of one length, without padding: each token read is in one chunk, or in the report.
@@ -1119,7 +1131,7 @@ def fingerprints(model, train, validation):  # → {"model", "train_data", "vali
     return {name: digest.hexdigest()[:16] for name, digest in sums.items()}  # 16 hex digits: 64 bits
 
 # ── Training ───────────────────────────────────────────────────────────────────────────────────────
-PEAKS = {  # dense 16-bit TFLOP/s that the makers state; the first whole word of the device's name counts
+PEAKS = {  # dense 16-bit TFLOP/s that the makers state; the first entry found in the device's name counts
     "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,  # Hopper
     "A100": 312, "A40": 149.7, "RTX A6000": 155, "RTX 3090": 71,  # Ampere; an RTX A4000 is no A40
     "L40S": 362, "L4": 121, "RTX 4090": 165, "V100": 125, "T4": 65}  # Ada, Volta, Turing
@@ -1128,7 +1140,7 @@ def peak_flops(args):  # TrainingArguments → 16-bit FLOP/s of all devices; 0 i
     listed = args.device.type == "cuda" and args.mixed_precision != "no"  # the peaks are those of 16 bits
     name = torch.cuda.get_device_name(args.device) if listed else ""  # such as "NVIDIA A40"
     return args.world_size * 1e12 * next(  # in FLOP/s, the sum over all ranks
-        (PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b", name)), 0)  # "H100 PCIe" before "H100"
+        (PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b(?! Ti| D| Laptop)", name)), 0)  # words
 
 def flops_per_token(model, length):  # FLOPs of training on a token of a chunk: 6 a weight, and attention
     config = model.config.get_text_config()  # the formula is that of PaLM's appendix B (arXiv:2204.02311)
@@ -1159,6 +1171,9 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         self.earlier = last["seconds"]  # training time of earlier calls
         self.first = state.global_step  # steps that earlier calls have made
         self.began = time.time()  # when this call began to train, seconds since 1970
+        if self.model_wrapped is not self.model:  # several processes
+            zero_grad = self.model_wrapped.zero_grad  # of DistributedDataParallel
+            self.model_wrapped.zero_grad = lambda: zero_grad(set_to_none=False)  # keeps the buckets
         self.start_stopwatch()  # from here on the speed is measured
         self.run.signals.in_training = True  # from now on a signal waits for a checkpoint
 
@@ -1279,7 +1294,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()})  # the mean of equally long chunks
     ddp = trainer.accelerator.ddp_handler  # settings of DistributedDataParallel, for several processes
     warnings.filterwarnings("ignore", ".*broadcast_buffers")  # torch renames what the Trainer sets for us
-    ddp.gradient_as_bucket_view = True  # gradients live where they are sent from: 1.07 GB less
+    ddp.gradient_as_bucket_view = True  # gradients live in the buckets that they are sent from: 1.07 GB less
     hook = run.settings["ddp_comm_hook"] or "no"  # "bf16": gradients are rounded for the way between processes
     ddp.comm_hook = accelerate.DDPCommunicationHookType(hook)  # accelerate would pass over a mere str
     trainer.length = len((train or validation)[0]["input_ids"])  # T, the tokens of a chunk
@@ -1287,14 +1302,18 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
     use_lean_norms(model)  # the same values in less memory
     with trainer.accelerator.autocast():  # the trials run in the dtypes of the training
         use_windowed_attention(model)  # on a GPU
-        if not use_chunked_loss(model, alone=args.world_size == 1):  # False: its own loss is in use
-            log0("note     this model has no plain head: its own loss is used, which holds all logits")  # GBs
-        if compiler := train and run.settings["torch_compile"]:  # asked for; evaluations alone gain little
-            if args.activation_checkpointing:  # as in the training, else the trial might not fit
-                model.activation_checkpointing_enable()  # the Trainer calls it again
+        plain = use_chunked_loss(model, alone=args.world_size == 1)  # False: its own loss is in use
+        if compiler := train and run.settings["torch_compile"]:  # asked for; evaluations run uncompiled
+            if args.activation_checkpointing:  # as the Trainer will do it: else the trial might not fit
+                options = dict(args.activation_checkpointing_kwargs or {})  # of torch.utils.checkpoint
+                for name in {"every_n_layers", "offload"} & options.keys():  # two that the Trainer takes out
+                    del options[name]  # the trial needs neither
+                model.activation_checkpointing_enable(options or None)  # the Trainer does so again
             batch = min(args.train_batch_size, len(train))  # chunks of a forward pass
             trial = (compile_layers, model, batch, trainer.length, compiler)  # a function and its arguments
-            trainer.compiled = tried("torch.compile", *trial)  # takes up to a minute
+            if not plain:  # its layers are called with more than the trial knows
+                trial = (lambda: "it needs the chunked loss",)  # a note is all that comes of it
+            trainer.compiled = tried("torch.compile", *trial)  # True: the plan says so
     if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
         again = train and (resume.state.global_step + 1 if resume.path else 0)  # first step to be logged anew
         writer = torch.utils.tensorboard.SummaryWriter(join(run.output_dir, "runs"), purge_step=again)  # one curve
@@ -1390,7 +1409,8 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         training_args = make_training_arguments(args)  # from here on the device is known
         transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
         tools = {name: version(name) for name in ("torch", "transformers")}  # a change is no error
-        tools["device"] = training_args.device.type  # "cuda" or "cpu"
+        gpu = training_args.device.type == "cuda"  # else a CPU
+        tools["device"] = torch.cuda.get_device_name() if gpu else "cpu"  # another one rounds otherwise
         settings = run_settings(args, training_args)  # by which this run is known again
         run = Run(settings, tools, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # what on_save() needs
     if ranks.size > 1:  # several processes: compare before any work

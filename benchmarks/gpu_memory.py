@@ -110,7 +110,7 @@ def cuda_choices():
     return exchanged(
         (main, "LOGITS_BYTES", {"cpu": main.LOGITS_BYTES["cuda"]}),
         (main, "VOCABULARY_PART", {}),  # one part: all words
-        (main, "COMPILED", {"cpu": compiled_softmax}),
+        (main, "COMPILED", {("cpu", dtype): compiled_softmax for dtype in (torch.bfloat16, torch.float16)}),
         (main, "add_product", lambda total, a, b: None),  # addmm in place, which makes no tensor
         (torch.nn.functional, "scaled_dot_product_attention", sdpa),
     )

@@ -30,6 +30,7 @@ pytest.register_assert_rewrite("helpers")
 
 from helpers import (  # noqa: E402
     BEST,
+    FIRST,
     GPU,
     HUB,
     KILL_TABLE,
@@ -94,7 +95,8 @@ def pytest_keyboard_interrupt():
 
 def pytest_sessionfinish():
     HUB.__exit__(None, None, None)
-    subprocess.run(["rm", "-rf", str(SCRATCH)], check=False)
+    if FIRST:
+        subprocess.run(["rm", "-rf", str(SCRATCH)], check=False)
 
 
 def pytest_terminal_summary(terminalreporter):

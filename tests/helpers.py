@@ -24,6 +24,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 from hub import StubHub  # noqa: E402
 
 GPU = bool(os.environ.get("TESTS_GPU"))  # set by bash tests/run.sh --gpu: no other test sees a GPU
+FIRST = "TESTS_SCRATCH" not in os.environ  # False in a pytest that a test has started
 SCRATCH = Path(os.environ.get("TESTS_SCRATCH") or tempfile.mkdtemp(prefix="trainer-tests-"))
 HUB = StubHub(gated={"google/gemma-3-270m"}, tokens={"hf_good"}, unaccepted={"hf_stranger"}, narrow={"hf_narrow"})
 HUB.__enter__()

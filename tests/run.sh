@@ -4,7 +4,7 @@
 #     bash tests/run.sh             everything: also the quickstart on the real weights, in a fresh copy
 #     bash tests/run.sh --fast      about three minutes: the tiny model only
 #     bash tests/run.sh -k csv      further words go to pytest
-#     bash tests/run.sh --gpu       eight minutes on a GPU: values, then speeds; installs nothing (docs/gpu.md)
+#     bash tests/run.sh --gpu       ten minutes on a GPU: values, then speeds; installs nothing (docs/gpu.md)
 
 set -euo pipefail  # a step that fails ends the run
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."  # the paths below are those of the repository

@@ -66,7 +66,7 @@ def test_the_chunked_loss_is_that_of_float64(dtype, cap, limit, way, monkeypatch
     labels[::7] = -100
     if way == "compiled":
         with autocast(dtype):
-            assert main.try_compiler(head, cap) == "" and DEVICE in main.COMPILED
+            assert main.try_compiler(head, cap) == "" and (DEVICE, dtype) in main.COMPILED
 
     h, w = (tensor.double().requires_grad_() for tensor in (hidden, head))
     logits = h @ w.T
@@ -177,7 +177,7 @@ def as_main_trains(model, folder, dtype, compiled=False):
     main.make_trainer(model, tokenizer, args, chunks, None, run, main.Resume())
     assert "forward" in vars(model), "the model has kept its own loss"
     if DEVICE == "cuda" and dtype != FP32:
-        assert model.config._attn_implementation == "windowed" and DEVICE in main.COMPILED
+        assert model.config._attn_implementation == "windowed" and (DEVICE, dtype) in main.COMPILED
     return model
 
 
@@ -362,10 +362,11 @@ def test_a_run_that_was_stopped_ends_with_the_weights_of_one_that_was_not(tiny, 
 
 
 def ranks(argv, **env):
-    """Start two ranks of one machine by hand, as torchrun would, on the one GPU."""
-    known = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port(), **env}
+    """Start two ranks by hand, as on two machines: each takes the first GPU that it sees, the one that there is."""
+    place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    known = {"WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 1, "LOCAL_RANK": 0, **place, **env}
     known = {name: str(value) for name, value in known.items()}
-    return [start(*argv, env=known | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)]
+    return [start(*argv, env=known | {"RANK": str(rank)}) for rank in (0, 1)]
 
 
 def test_one_rank_over_nccl_and_two_over_gloo_learn_as_one_process(tiny, tmp_path, record_property):

@@ -477,13 +477,13 @@ def save_model(case, folder):
     import transformers
 
     size = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    names = {"a BERT": "Bert", "no sdpa": "Bloom", "a head of its own": "Gemma2", "a T5": "T5"}
+    names = {"a BERT": "Bert", "no sdpa": "Bloom", "a head of its own": "Phi", "a softcap": "Gemma2", "a T5": "T5"}
     if case == "a shard is missing":
         transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="100KB")
         (folder / "model.safetensors").unlink()
         (folder / "model-00002-of-00002.safetensors").unlink()
         return
-    more = {"num_key_value_heads": 1, "head_dim": 16} if case == "a head of its own" else {}
+    more = {"num_key_value_heads": 1, "head_dim": 16} if case == "a softcap" else {}
     config = getattr(transformers, f"{names[case]}Config")(**size, **more)
     kind = {"a BERT": "BertForMaskedLM", "a T5": "T5ForConditionalGeneration"}.get(case, f"{names[case]}ForCausalLM")
     getattr(transformers, kind)(config).save_pretrained(folder)
@@ -492,7 +492,8 @@ def save_model(case, folder):
 DIRECTORIES = {  # case: status and words of the line "model"
     "sound": ("PASS", "parameters in float32, sdpa attention"),
     "no sdpa": ("PASS", "eager attention"),
-    "a head of its own": ("WARN", "its own loss is used"),
+    "a head of its own": ("WARN", "the chunked loss is not used", "holds all logits"),
+    "a softcap": ("PASS", "eager attention"),
     "not there": ("FAIL", "/nowhere: no such directory"),
     "no tokenizer": ("FAIL", "tokenizer.json"),
     "a shard is missing": ("FAIL", "model-00002-of-00002.safetensors"),
