@@ -34,6 +34,7 @@ import signal  # SIGTERM and Ctrl-C
 import socket  # names and addresses of machines
 import sys  # arguments, exit status, standard error
 import tempfile  # tries whether a directory can be written
+import textwrap  # cuts long messages between words
 import threading  # hears of errors in TensorBoard's writer thread
 import time  # speed, and the seconds of all calls
 import traceback  # errors with all their causes
@@ -430,6 +431,11 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
            "leave it out, or give max-autotune-no-cudagraphs")
     args.torch_compile = not forbidden and bool(plan.torch_compile or backend or mode)  # any wish
     if args.torch_compile:  # kept in run.json: a run that goes on keeps them
+        known = {"backend": torch._dynamo.list_backends(()),  # names, with those for tests
+                 "mode": torch._inductor.list_mode_options()}  # names, and what each sets
+        for name, value in (("backend", backend), ("mode", mode)):  # None if not given
+            die_if(value and value not in known[name],  # misspelt
+                   f"--torch_compile_{name} {value}: known are {', '.join(known[name])}")
         args.torch_compile = {"backend": backend or "inductor", "mode": mode}  # arguments of torch.compile
     plan.torch_compile = False  # the Trainer would compile the whole model
     plan.torch_compile_backend = plan.torch_compile_mode = None  # one alone makes the Trainer compile
@@ -501,7 +507,7 @@ def run_settings(args, training_args):  # → {name: JSON value} of the flags th
 @dataclass  # made once, by main()
 class Run:  # who this run is; run.json keeps settings, versions and chosen
     settings: dict  # flags, data and model that decide the weights: none may differ
-    versions: dict  # torch, transformers, device of this call: may differ, with a warning
+    versions: dict  # torch, transformers, device, attention of this call: may differ, with a warning
     chosen: str | None  # path of --resume_from_checkpoint; None: the newest whole one
     output_dir: str  # where the finished model goes
     ranks: Ranks  # all processes of this run
@@ -682,7 +688,7 @@ def tried(what, trial, *args):  # → whether a trial on the device at hand goes
     except Exception as error:  # dozens of kinds: the compiler's, the driver's, torch's own
         if isinstance(error, torch.OutOfMemoryError) or ending(error):  # a full GPU, or a signal
             raise  # explain() and reported() have sentences for both
-        why = f"{type(error).__name__}: {one_line(error)[:120]}"  # its beginning tells the cause
+        why = f"{type(error).__name__}: {textwrap.shorten(str(error), 160)}"  # its beginning tells the cause
     if why and SPEAKER:  # each machine speaks of its own devices
         print(f"note     {what} is not used ({why}): slower, but not wrong", flush=True)  # the run goes on
     return not why  # True: what was tried is in use
@@ -877,6 +883,8 @@ def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alon
     def trial():  # → "" if eight tokens cost the same by both losses
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # more than one matrix
             return "this model's own head holds all logits"  # GBs
+        if getattr(model.config, "output_router_logits", False):  # a small part of the loss is for experts
+            return "this model's own is also for its experts, and holds all logits"  # GBs
         if head.weight.is_cuda:  # a CPU is as fast without a compiler
             tried("a compiled loss", try_compiler, head.weight, softcap)  # else 256 rows at a time
         ids = torch.arange(8, device=head.weight.device)[None]  # (1, 8): enough to tell two losses apart
@@ -1292,10 +1300,10 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         train_dataset=train and train.with_format("torch"),  # tensors: lists of numbers take long to stack
         eval_dataset=validation and validation.with_format("torch"),  # None: no evaluation
         compute_metrics=lambda seen: {"loss": seen.predictions.mean()})  # the mean of equally long chunks
-    ddp = trainer.accelerator.ddp_handler  # settings of DistributedDataParallel, for several processes
+    ddp = trainer.accelerator.ddp_handler  # settings of DistributedDataParallel
     warnings.filterwarnings("ignore", ".*broadcast_buffers")  # torch renames what the Trainer sets for us
     ddp.gradient_as_bucket_view = True  # gradients live in the buckets that they are sent from: 1.07 GB less
-    hook = run.settings["ddp_comm_hook"] or "no"  # "bf16": gradients are rounded for the way between processes
+    hook = run.settings["ddp_comm_hook"] or "no"  # "bf16": gradients are rounded to be sent
     ddp.comm_hook = accelerate.DDPCommunicationHookType(hook)  # accelerate would pass over a mere str
     trainer.length = len((train or validation)[0]["input_ids"])  # T, the tokens of a chunk
     model.to(args.device)  # with --bf16_full_eval the Trainer has not done so
@@ -1309,11 +1317,12 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
                 for name in {"every_n_layers", "offload"} & options.keys():  # two that the Trainer takes out
                     del options[name]  # the trial needs neither
                 model.activation_checkpointing_enable(options or None)  # the Trainer does so again
-            batch = min(args.train_batch_size, len(train))  # chunks of a forward pass
-            trial = (compile_layers, model, batch, trainer.length, compiler)  # a function and its arguments
+            trial = (compile_layers, model, min(args.train_batch_size, len(train)),  # chunks of a forward pass
+                     trainer.length, compiler)  # a function and its arguments
             if not plain:  # its layers are called with more than the trial knows
                 trial = (lambda: "it needs the chunked loss",)  # a note is all that comes of it
-            trainer.compiled = tried("torch.compile", *trial)  # True: the plan says so
+            log0("Compiling the layers: this takes a minute or two.")  # else a long silence
+            trainer.compiled = tried("torch.compile", *trial)  # the plan says so
     if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
         again = train and (resume.state.global_step + 1 if resume.path else 0)  # first step to be logged anew
         writer = torch.utils.tensorboard.SummaryWriter(join(run.output_dir, "runs"), purge_step=again)  # one curve
@@ -1445,6 +1454,8 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     try:  # a part that is not installed, a full GPU, a full disk
         with ranks.together():  # last phase: after it --ddp_timeout is the limit
             trainer = make_trainer(model, tokenizer, training_args, train, validation, run, resume)  # on the device
+            run.versions["attention"] = model.config._attn_implementation  # a trial may fail another time
+            run.versions["layers"] = "compiled" if trainer.compiled else "not compiled"  # in use, not asked
             print_plan(args, training_args, trainer, train, validation)  # what is about to happen
         if resume.path:  # the same command again
             state = resume.state  # how far the earlier calls have come

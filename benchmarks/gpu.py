@@ -55,13 +55,14 @@ def obstacle():
     for name in NEEDED:
         if importlib.util.find_spec(name) is None:
             return f"{sys.executable} has no {name}: set PYTHON to a Python that has {', '.join(NEEDED)}"
-    if os.environ.get("OUT") and not os.access(os.environ["OUT"], os.W_OK):
+    if os.environ.get("OUT") and not (os.path.isdir(os.environ["OUT"]) and os.access(os.environ["OUT"], os.W_OK)):
         return f"OUT is {os.environ['OUT']}, where nothing can be written: make that folder, or leave OUT out"
     try:
         import torch
 
         if not torch.cuda.is_available():
-            return f"torch {torch.__version__} sees no CUDA GPU here: this is for a machine that has one"
+            here = f"torch {torch.__version__} of {sys.executable} sees no CUDA GPU here"
+            return f"{here}: this is for a machine that has one; PYTHON chooses another Python"
         torch.ones(8, device="cuda").sum().item()
     except (ImportError, OSError, RuntimeError) as error:
         return f"torch cannot use the GPU: {' '.join(str(error).split())[:300]}"

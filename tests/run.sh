@@ -7,14 +7,16 @@
 #     bash tests/run.sh --gpu       ten minutes on a GPU: values, then speeds; installs nothing (docs/gpu.md)
 
 set -euo pipefail  # a step that fails ends the run
+[ -z "${OUT:-}" ] || OUT=$(realpath -m -- "$OUT")  # a folder for the tables of --gpu, from where we are
 cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.."  # the paths below are those of the repository
 
 if [ "${1:-}" = --gpu ]; then  # uses what the machine has: no network, no environment of its own
     shift  # the rest belongs to benchmarks/gpu.py
-    python=.venv/bin/python  # the one of the README's commands
+    python=${PYTHON:-.venv/bin/python}  # the one that is asked for, or that of the README's commands
     has_torch="import importlib.util as u, sys; sys.exit(u.find_spec('torch') is None)"  # answers without importing it
-    "$python" -c "$has_torch" 2>/dev/null || python=${PYTHON:-python3}  # a machine with packages of its own
+    [ -n "${PYTHON:-}" ] || "$python" -c "$has_torch" 2>/dev/null || python=python3  # a machine with packages of its own
     command -v "$python" >/dev/null || { echo "tests/run.sh: error: no $python here: set PYTHON" >&2; exit 2; }  # a slip
+    case " $* " in *" --help "* | *" -h "*) exec "$python" benchmarks/gpu.py --help ;; esac  # and no tests
     "$python" benchmarks/gpu.py --check "# On a GPU" "$@"  # says in a sentence what is missing: status 2
     trap 'exit 130' INT  # Ctrl-C ends all of it; the limit below ends the tests alone
     worst=0  # the exit status of the whole
