@@ -215,6 +215,8 @@ def main():
     add("--check", metavar="TITLE", help=argparse.SUPPRESS)  # a child: is there a GPU? begins a part of the report
     add("--predict", nargs=3, help=argparse.SUPPRESS)  # a child: file, rows, length
     args = parser.parse_args()
+    if args.model and not os.path.isdir(args.model):
+        parser.error(f"--model {args.model}: no such directory")
     if args.predict:
         return predict(args.predict[0], json.loads(args.predict[1]), int(args.predict[2]))
     if args.quick and not args.model:

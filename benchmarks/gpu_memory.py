@@ -244,20 +244,28 @@ def run(argv=None):
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--batch", type=int, nargs="+", default=[4, 8, 16], help="chunks of a micro-batch (default: 4 8 16)")
-    add("--length", type=int, default=2048, help="tokens a chunk (default: 2048)")
-    add("--model", help="directory of a model; unset: the shape of Gemma 3 270M")
+    count = main.bounded(int, 1)
+    add("--batch", type=count, nargs="+", default=[4, 8, 16], help="chunks of a micro-batch (default: 4 8 16)")
+    add("--length", type=main.bounded(int, 2), default=2048, help="tokens a chunk (default: 2048)")
+    add("--model", help="directory of a Gemma 3 text model; unset: the shape of Gemma 3 270M")
     add("--no-accumulation", action="store_true", help="no gradients of an earlier micro-batch are there")
-    add("--largest", type=int, default=0, metavar="N", help="also list the N largest tensors at the peak of bf16")
+    add("--largest", type=count, default=0, metavar="N", help="also list the N largest tensors at the peak of bf16")
     args = parser.parse_args(argv)
     transformers.logging.set_verbosity_error()
+    if args.model:
+        try:
+            kind = transformers.AutoConfig.from_pretrained(args.model, local_files_only=True).model_type
+        except (OSError, ValueError) as error:
+            parser.error(f"--model {args.model} holds no model: {main.one_line(error)[:200]}")
+        if kind != "gemma3_text":
+            parser.error(f"--model {args.model} is of the kind {kind}: the prediction knows gemma3_text alone")
     print(f"| tokens | {' | '.join(CASES)} |\n|---{'|---' * len(CASES)}|")
     alive = []
     for batch in args.batch:
         cells = []
         for name, options in CASES.items():
             seen = track(batch, args.length, **options, accumulation=not args.no_accumulation, model=args.model)
-            cells.append(f"{seen.peak / 1e9:.1f}")
+            cells.append(f"{seen.peak / 1e9:.1f}" if seen.peak > 1e9 else f"{seen.peak / 1e9:.3f}")
             if args.largest and not options:
                 alive.append((batch, name, seen.peak, list(seen.largest(args.largest))))
         print(f"| {batch} × {args.length:,} | {' | '.join(cells)} |", flush=True)

@@ -281,6 +281,8 @@ def main():
     add("--cache", default=str(HERE / ".cache"), help="where the random model and the peers are kept")
     add("--child", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.model and not os.path.isdir(args.model):
+        parser.error(f"--model {args.model}: no such directory")
     if args.child:  # started by run()
         args = argparse.Namespace(**json.loads(args.child))
         return print(json.dumps({"probe": probe, "prepare": prepare, "ours": ours}.get(args.child, train)(args)))
