@@ -85,6 +85,7 @@ def reported():  # around the command line, the imports and main(): prints the s
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
     except BaseException as error:  # a SystemExit, or what a library has raised while it passed through
+        signal.setitimer(signal.ITIMER_REAL, 0)  # the run is ending: receive() need not insist any more
         if not (end := ending(error)):  # a fault that nothing here knows
             raise  # Python prints the traceback
         sentence = getattr(end, "sentence", "")  # what the user reads; empty for --help
@@ -243,24 +244,36 @@ def expand_files(flag, patterns):  # → absolute paths of existing, readable fi
 # ── Signals ────────────────────────────────────────────────────────────────────────────────────────
 # SIGTERM comes from batch systems and launchers, SIGINT from Ctrl-C. Outside the training either ends the
 # run at once. In training it is kept until the end of the step, where all ranks agree on it, save and stop.
-class Signals:  # what has been received, and what becomes of it; kill -9 cannot be caught, and need not be
+STOPS = (signal.SIGTERM, signal.SIGINT)  # kill -9 cannot be caught, and need not be
+class Signals:  # what has been received, and what becomes of it
     def __init__(self):  # before the heavy imports, as a signal may come at any time
         self.received = 0  # number of the first signal, 0 before one has come
         self.since = 0.0  # time of the first signal, seconds since 1970
         self.in_training = False  # True: a signal waits for the end of the step
         self.launcher = 0  # process id of accelerate or torchrun, 0 without one
-        for number in (signal.SIGTERM, signal.SIGINT):  # both mean: stop, but lose nothing
+        for number in STOPS:  # both mean: stop, but lose nothing
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
-        os.register_at_fork(after_in_child=self.release)  # for data loaders and tokenizer processes
+        os.register_at_fork(before=self.hold, after_in_child=self.release, after_in_parent=lambda:  # at any fork
+                            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # receive() works again
+        sys.unraisablehook = lambda lost: (  # Python drops an error that comes in a fork or a destructor
+            signal.setitimer(signal.ITIMER_REAL, 0.01, 3) if ending(lost.exc_value)  # leave() again, soon
+            else sys.__unraisablehook__(lost))  # prints the error
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # launchers set these
             self.launcher = os.getppid()  # accelerate passes no signal on to a single process
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the launcher dies
 
-    def release(self):  # in each process that Python forks; only data loaders outlive a signal
-        if self.in_training:  # a data loader: Ctrl-C and Slurm signal every process
-            signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))  # torch resets handlers
-        for number in (signal.SIGTERM, signal.SIGINT):  # a pool ends its tokenizers by SIGTERM
+    def hold(self):  # before each fork: Python would lose what reaches the new process in its first moments
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # Linux keeps them back until release()
+        self.parent = os.getpid()  # what the new process compares its parent with
+
+    def release(self):  # in each new process, a data loader or a tokenizer
+        for number in STOPS:  # a pool ends its tokenizers by SIGTERM
             signal.signal(number, signal.SIG_DFL)  # Linux ends it: Python might wait for a lock
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: none outlives a kill -9
+        if os.getppid() != self.parent:  # the run has ended before Linux knew of our wish
+            os._exit(1)  # nobody waits for this process
+        if not self.in_training:  # Ctrl-C and Slurm signal every process: data loaders stay deaf to it
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # a signal that has come ends the tokenizer now
 
     def receive(self, number, frame):  # noted in training; else, or when repeated after 3 seconds, the end
         if self.launcher:  # the launcher's death arrives as a SIGTERM
@@ -272,6 +285,8 @@ class Signals:  # what has been received, and what becomes of it; kill -9 cannot
             self.since = time.time()  # the 3 seconds count from here
             self.received = number  # on_step_end() looks at the number
         if not self.in_training or time.time() - self.since > 3:  # nothing to save, or a signal that insists
+            signal.signal(signal.SIGALRM, lambda *_: self.leave(number, ""))  # comes by the timer
+            signal.setitimer(signal.ITIMER_REAL, 3, 3)  # seconds: a pool that ends may wait for the dead
             self.leave(number, "")  # checkpoints saved before are whole
 
     def leave(self, number, saved):  # every signal ends here; saved: words on a checkpoint, or ""
@@ -295,6 +310,7 @@ with reported():  # also for a signal that comes during the imports
     try:  # six seconds, for which nobody waits who has mistyped a flag
         import accelerate  # the Trainer's layer for ranks and devices
         import datasets  # Arrow files, memory-mapped: data may be larger than memory
+        import multiprocess  # what datasets starts its processes with
         import numpy as np  # arrays of ids, cut into chunks
         import psutil  # addresses of network interfaces
         import pyarrow as pa  # Arrow, the file format of the cache
@@ -311,6 +327,8 @@ with reported():  # also for a signal that comes during the imports
         from transformers.trainer_utils import get_last_checkpoint, speed_metrics  # newest checkpoint; speeds
     except ImportError as missing:  # a fresh machine, or half an installation
         die(f"{missing}: pip install -r requirements.txt", status=1)  # the command that helps in both cases
+    if __name__ == "__main__":  # while Python reads on, nothing would print the sentence of a signal
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a signal waits for the end of the file
 
 # ── Processes ──────────────────────────────────────────────────────────────────────────────────────
 # A launcher starts a process, a rank, for each device. Before the training the ranks wait for each other for
@@ -353,7 +371,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
         if isinstance(mine, Exception):  # no SystemExit
             raise mine  # explained by main(), or printed with its traceback
         for machine, name, status, words in filter(None, ends):  # the first failure is that of all ranks
-            die(words if machine == self.machine else f"{name}: {words}", status)  # elsewhere with rank and host
+            die(words if machine == self.machine else f"{name}: {words}", status)  # elsewhere with the rank
 
     def check_same(self, facts):  # end all ranks, unless facts (dict of JSON values) are the same everywhere
         (first, wanted), *others = self.gather((self.name, facts))  # rank 0's facts are the measure
@@ -388,7 +406,7 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
         ranks.prompt = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))  # used at each step
         ranks.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for downloads and data
     except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
-        die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:"  # the machine and port of rank 0
+        die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:"  # the address of rank 0
             f"{os.environ['MASTER_PORT']} within --ddp_timeout {seconds} ({one_line(error)})", 1, True)  # 1: try again
     atexit.register(gc.collect)  # runs second: frees the groups, and waits for gloo's threads
     atexit.register(dist.destroy_process_group)  # runs first: torch itself lets go of the groups
@@ -424,17 +442,17 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
            f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")
     asked = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "NO").lower()  # by `accelerate config`
     backend = plan.torch_compile_backend or {"no": None}.get(asked, asked)  # None without any wish
-    mode = plan.torch_compile_mode  # of torch.compile
-    forbidden = {"--torch_compile", "--no_torch_compile"} & {*args.given} and not plan.torch_compile  # by flag
+    mode = plan.torch_compile_mode  # such as max-autotune-no-cudagraphs, or None
+    forbidden = {"--torch_compile", "--no_torch_compile"} & {*args.given} and not plan.torch_compile  # said
     die_if(mode in ("reduce-overhead", "max-autotune"),  # torch documents it for gradient accumulation
            f"--torch_compile_mode {mode} uses CUDA graphs, which cannot add up the gradients of several batches: "
            "leave it out, or give max-autotune-no-cudagraphs")
-    args.torch_compile = not forbidden and bool(plan.torch_compile or backend or mode)  # any wish
+    args.torch_compile = not forbidden and bool(plan.torch_compile or backend or mode)  # any of them
     if args.torch_compile:  # kept in run.json: a run that goes on keeps them
         known = {"backend": torch._dynamo.list_backends(()),  # names, with those for tests
-                 "mode": torch._inductor.list_mode_options()}  # names, and what each sets
+                 "mode": torch._inductor.list_mode_options()}  # names, and the settings of each
         for name, value in (("backend", backend), ("mode", mode)):  # None if not given
-            die_if(value and value not in known[name],  # misspelt
+            die_if(value and value not in known[name],  # a misspelt name
                    f"--torch_compile_{name} {value}: known are {', '.join(known[name])}")
         args.torch_compile = {"backend": backend or "inductor", "mode": mode}  # arguments of torch.compile
     plan.torch_compile = False  # the Trainer would compile the whole model
@@ -447,12 +465,12 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
         plan.output_dir = join(args.output_dir, ".staging")  # on_save() publishes what is whole
     try:  # TrainingArguments check combinations of their own
         made = transformers.TrainingArguments(**vars(plan))  # from here on the device is known
-        for reporter in integration_utils.get_reporting_integration_callbacks(made.report_to):  # such as wandb
+        for reporter in integration_utils.get_reporting_integration_callbacks(made.report_to):  # wandb, say
             reporter()  # RuntimeError where its package is missing
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # any flag's fault
         die(f"the Trainer does not accept these flags: {one_line(error)}")  # in the Trainer's own words
     old = made.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)  # a T4 or V100
-    die_if(old and made.mixed_precision == "bf16", "--bf16 needs an A40 or a newer GPU: use --fp16")  # emulated
+    die_if(old and made.mixed_precision == "bf16", "--bf16 needs an A40 or a newer GPU: use --fp16")  # slow there
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
         log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")  # N ranks
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
@@ -625,7 +643,7 @@ def rotate(output_dir, limit, protected):  # keep the newest `limit` checkpoints
 LOGITS_BYTES = {"cuda": 1.1e9, "cpu": 0.135e9}  # the buffer: 2,098 tokens in 16 bits on a GPU, 257 on a CPU
 SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens at a time, 1 MB each in float32, where nothing is compiled
 VOCABULARY_PART = {"cpu": 8_192}  # words that a CPU multiplies at a time, 10 MB; a GPU takes all
-GRAD_SCALE = {torch.float16: 2.0**15}  # float16 has nothing below 6e-8: gradients are held 32,768 times as large
+GRAD_SCALE = {torch.float16: 2.0**15}  # float16 ends at 6e-8: gradients are held 32,768 times as large
 COMPILED = {}  # ("cuda", dtype): softmax_gradients(), compiled, once try_compiler() has seen it work
 HUB_ERRORS = {  # pattern for an exception's kind or message: what to do about it
     r"(GatedRepo|gated dataset).*":  # no token, or one of an account without access
@@ -633,7 +651,7 @@ HUB_ERRORS = {  # pattern for an exception's kind or message: what to do about i
     "Invalid credentials": "cannot be had: the hub refuses your token; run hf auth login with a new one",  # a bad token
     "RepositoryNotFound|DatasetNotFound":  # a misspelt or a private name
     "cannot be found: the hub knows no such name; check {url} (if private: hf auth login)",
-    "HFValidationError": "is no directory here and cannot be a name on the hub: correct it",  # such as outputs/
+    "HFValidationError": "is no directory here and cannot be a name on the hub: correct it",  # e.g. outputs/
     "ConnectionError|LocalEntryNotFound":  # the hub was tried for half a minute
     "is not in the cache and the hub cannot be reached: check the network, or give a local directory",
     r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'":  # an encoder-decoder, such as T5
@@ -661,7 +679,7 @@ def load_model(args):  # from the hub, its cache or a directory
     flag = "--model_name_or_path"  # names the flag in sentences
     attention = "flash_attention_2" if args.use_flash_attention else None  # None: PyTorch's sdpa, or eager
     config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
-    loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # if missing, an empty one is made
+    loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # else an empty one is made
     tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
     die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: the context is {most}")  # of the model
@@ -673,7 +691,7 @@ def load_model(args):  # from the hub, its cache or a directory
     if not args.use_flash_attention:  # its kernels need a GPU, and the model is on the CPU here
         ids = torch.tensor([[*range(8)], [*range(7), 8]])  # (2, 8): two texts that differ in their last token
         with torch.no_grad():  # no gradients are wanted
-            one, other = model(input_ids=ids).logits[:, :7]  # (7, V) each: what follows the first seven tokens
+            one, other = model(input_ids=ids).logits[:, :7]  # (7, V) each: what follows the first 7 tokens
         die_if((one - other).abs().max() > 1e-3 * one.std(),  # as in BERT; a causal model answers the same
                f"{flag} {name}: its tokens see those behind them, so it cannot learn to predict the next "
                "one: give a model like google/gemma-3-270m")
@@ -697,12 +715,12 @@ def tried(what, trial, *args):  # → whether a trial on the device at hand goes
 GQA_FLAG = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11 has none
 def windowed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, **_):  # on CUDA
     """(B, heads, T, D) queries, (B, kv heads, T, D) keys and values → (B, T, heads, D), None; causal."""
-    length = query.shape[2]  # T
+    length = query.shape[2]  # T, the tokens of a chunk
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value))  # (B × T, …, D)
     starts = torch.arange(0, len(q) + 1, length, dtype=torch.int32, device=q.device)  # (B + 1,): borders
     window = (sliding_window - 1 if sliding_window else -1, 0)  # keys before and behind a token; -1: all
     out = varlen_attn(  # (B × T, heads, D)
-        q, k, v, starts, starts, length, length, scale=scaling, window_size=window, **GQA_FLAG)  # all have T
+        q, k, v, starts, starts, length, length, scale=scaling, window_size=window, **GQA_FLAG)  # T: the longest
     return out.unflatten(0, (-1, length)), None  # None in the place of attention weights
 
 def try_attention(config, device, dtype):  # → "", or by how much windowed_attention() differs from sdpa
@@ -712,7 +730,7 @@ def try_attention(config, device, dtype):  # → "", or by how much windowed_att
     sizes = [(1, count, length, config.head_dim) for count in heads]  # of queries, keys and values
     parts = [torch.randn(size, device=device, generator=noise).to(dtype) for size in sizes]  # q, k, v
     at = torch.arange(length, device=device)  # places of the tokens
-    scale = config.head_dim**-0.5  # of scores
+    scale = config.head_dim**-0.5  # query · key times this is a score
     upstream = parts[0][:, :, -128:]  # (1, heads, 128, D), d loss / d output: any numbers will do
     for window in (config.sliding_window, None):  # sliding layers, full layers
         leaves = [part.clone().requires_grad_() for part in parts]  # queries, keys, values in 16 bits
@@ -722,7 +740,7 @@ def try_attention(config, device, dtype):  # → "", or by how much windowed_att
         leaves = [part.float().requires_grad_() for part in parts]  # the same numbers in float32
         mask = (at[:, None] >= at) & (at[:, None] - at < (window or length))  # (T, T): what a token may see
         with torch.autocast(device.type, enabled=False):  # the judge computes in float32
-            out = sdpa(*leaves, attn_mask=mask, scale=scale, enable_gqa=True)[:, :, -128:]  # (1, heads, 128, D)
+            out = sdpa(*leaves, attn_mask=mask, scale=scale, enable_gqa=True)[:, :, -128:]  # shaped as ours
         theirs = [out, *torch.autograd.grad(out, leaves, upstream.float())]  # output and three gradients
         errors = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]  # relative
         error = max(errors)  # 0.005 by rounding; a window that is wrong by one token gives 0.04
@@ -735,7 +753,7 @@ def use_windowed_attention(model):  # where there is a kernel for it, and it giv
     fits = model.config._attn_implementation == "sdpa"  # else --use_flash_attention is given
     fits = fits and model.config.model_type == "gemma3_text"  # other models may mask in other ways
     fits = fits and model.device.type == "cuda" and dtype != torch.float32  # there is no other kernel
-    if fits and tried("windowed attention", try_attention, model.config, model.device, dtype):  # for Ampere
+    if fits and tried("windowed attention", try_attention, model.config, model.device, dtype):  # since Ampere
         transformers.AttentionInterface.register("windowed", windowed_attention)  # "flash" means a package
         model.set_attn_implementation("windowed")  # for a name of ours transformers makes no masks
 
@@ -744,12 +762,12 @@ def product_dtype(x):  # → dtype of matrix products with the tensor x: that of
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype  # else float32
 
 def add_product(total, a, b):  # total (M, N), in float32, += a (M, K) @ b (K, N)
-    if a.dtype == total.dtype:  # without autocast
-        total.addmm_(a, b)  # in place
+    if a.dtype == total.dtype:  # float32: no autocast is on
+        total.addmm_(a, b)  # in place: no copy of the sum is made
     elif a.is_cuda:  # 16-bit factors, whose products a tensor core adds up in float32
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # in place: no copy of the sum is made
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # read and written in one go
     elif a.dtype == torch.float16:  # on a CPU the sum would be rounded to float16, which ends at 65,504
-        total.addmm_(a.float(), b.float())  # in place
+        total.addmm_(a.float(), b.float())  # float32 copies of both
     else:  # bfloat16 on a CPU, where adding one dtype to another takes four times as long
         total += (a @ b).float()  # rounded to bfloat16 before the addition
 
@@ -760,15 +778,15 @@ def softmax_gradients(logits, targets, softcap, train):  # made to be compiled: 
     capped = softcap * torch.tanh(logits.float() / softcap) if softcap else logits  # Gemma 2: within ±30
     logs = torch.log_softmax(capped, -1, dtype=torch.float32)  # (R, V): log p of every word
     label = logs.gather(-1, targets)  # (R, 1): log p of the label
-    if not train:  # an evaluation
-        return label, None  # no gradients are made
+    if not train:  # an evaluation needs no gradients
+        return label, None  # the logits stay as they are
     scale = GRAD_SCALE.get(logits.dtype, 1.0)  # 1 unless the logits are float16
     grad_label = label.expm1() * scale  # (R, 1): p - 1 of the label, exact also near p = 1
     grad = logs.exp_().mul_(scale)  # (R, V): p of every word
     if softcap:  # the chain rule
         bend = 1 - (capped / softcap).square()  # (R, V): d capped / d logit
-        grad_label = grad_label * bend.gather(-1, targets)  # (R, 1)
-        grad = grad.mul_(bend)  # (R, V)
+        grad_label = grad_label * bend.gather(-1, targets)  # (R, 1): of the label
+        grad = grad.mul_(bend)  # (R, V): of every word
     logits.copy_(grad)  # in the dtype of the logits
     return label, grad_label  # ChunkedLoss writes the label's: in here that would cost a second buffer
 
@@ -783,8 +801,8 @@ def try_compiler(head, softcap):  # → "", or how a compiled softmax_gradients(
     for tensor in (logits, targets):  # chunks have different numbers of tokens
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # R may change without compiling anew
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):  # as ChunkedLoss calls it
-        kernel(logits, targets, softcap, False)  # for evaluations
-        ours = (*kernel(logits, targets, softcap, True), logits)  # (R, 1) twice, (R, V): for training
+        kernel(logits, targets, softcap, False)  # compiles the graph of evaluations
+        ours = (*kernel(logits, targets, softcap, True), logits)  # that of training: (R, 1) twice, (R, V)
         theirs = (*softmax_gradients(few, targets[:8], softcap, True), few)  # the same for eight tokens
     for one, other in zip(ours, theirs, strict=True):  # losses, gradients of labels, gradients of all words
         if not torch.allclose(one[:8].float(), other.float(), rtol=2e-2, atol=1e-7):  # bfloat16: 0.8 %
@@ -833,7 +851,7 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
         losses *= counted[:, 0]  # 0 where the label is -100
         ctx.mark_non_differentiable(losses)  # losses are for evaluations alone
         ctx.gradients = (grad_hidden, grad_head)  # of the sum, times GRAD_SCALE
-        ctx.counted = counted  # (N, 1)
+        ctx.counted = counted  # (N, 1): for backward()
         ctx.scale = GRAD_SCALE.get(dtype, 1.0)  # 1 but for float16
         return losses.sum(), losses  # the sum to learn from, losses to report
 
@@ -841,24 +859,24 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
     def backward(ctx, upstream, _):  # upstream: d loss of the step / d sum, a scalar
         grad_hidden, grad_head = ctx.gradients  # (N, H); (V, H): 0.67 GB in float32
         ctx.gradients = None  # ctx no longer holds 0.67 GB
-        upstream = upstream / ctx.scale  # undoes GRAD_SCALE
+        upstream = upstream / ctx.scale  # takes GRAD_SCALE out again
         grad_hidden.mul_(ctx.counted * upstream)  # (N, H): 0 where the label is -100
         return grad_hidden, grad_head.mul_(upstream), None, None, None  # autograd casts to the inputs' dtypes
 
 def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alone: a single process
-    """Make model(input_ids, labels=…) return {"loss": scalar, "token_losses": (B, T - 1)}, without all logits.
+    """Make model(input_ids, labels=…) return {"loss": scalar, "token_losses": (B, T - 1)} without all logits.
 
     Returns: bool, False for a model whose loss is more than a head and a softcap: it keeps its own."""
     own = model.forward  # the original, with all logits
     head = model.get_output_embeddings()  # head.weight is (V, H)
     table = model.get_input_embeddings()  # tied in Gemma 3: row t of (V, H) stands for token t
     alone = alone and model.config.model_type == "gemma3_text" and table.weight is head.weight  # one matrix
-    alone = alone and head.weight.device.type == "cpu" and table.padding_idx is not None  # a GPU adds in any order
+    alone = alone and head.weight.device.type == "cpu" and table.padding_idx is not None  # a GPU's sums vary
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # None for Gemma 3
 
     # A tied table needs no (V, H) gradient of its own: add() adds to the head's, which the loss has made.
     def rows_of(input_ids):  # (B, T) → the table's rows (B, T, H), where autograd ends
-        rows = table(input_ids).detach().requires_grad_()  # a leaf
+        rows = table(input_ids).detach().requires_grad_()  # a leaf of its own
         def add(grad):  # (B, T, H): the end of the backward pass
             grad = grad * table.scalar_embed_scale * (input_ids != table.padding_idx)[..., None]  # as table()
             head.weight.grad.index_add_(0, input_ids.flatten(), grad.flatten(0, 1).to(head.weight.dtype))  # sums rows
@@ -882,9 +900,9 @@ def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alon
 
     def trial():  # → "" if eight tokens cost the same by both losses
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # more than one matrix
-            return "this model's own head holds all logits"  # GBs
+            return "this model's own head holds all logits"  # as plain transformers does
         if getattr(model.config, "output_router_logits", False):  # a small part of the loss is for experts
-            return "this model's own is also for its experts, and holds all logits"  # GBs
+            return "this model's own is also for its experts, and holds all logits"  # as a mixture does
         if head.weight.is_cuda:  # a CPU is as fast without a compiler
             tried("a compiled loss", try_compiler, head.weight, softcap)  # else 256 rows at a time
         ids = torch.arange(8, device=head.weight.device)[None]  # (1, 8): enough to tell two losses apart
@@ -892,7 +910,7 @@ def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alon
             theirs = own(ids, labels=ids).loss.float()  # scalar: mean loss by the model's own head
         ours = forward(ids, labels=ids)["loss"]  # scalar: mean loss by ChunkedLoss, with its gradients
         same = torch.isclose(theirs, ours, rtol=1e-2, equal_nan=True)  # room for two roundings to 16 bits
-        return "" if same.item() else "this model's own is another one, and holds all logits"  # GBs
+        return "" if same.item() else "this model's own is another one, and holds all logits"  # scaled, say
     fits = tried("the chunked loss", trial)  # a GPU's products are tried, too
     model.forward = forward if fits else own  # on this object; accelerate wraps autocast around it
     return fits  # False: tried() has said why
@@ -921,22 +939,22 @@ class LeanNorm(torch.autograd.Function):  # in the place of Gemma3RMSNorm's forw
 def use_lean_norms(model):  # one function for all norms, so that the compiler finds all layers alike
     kinds = {type(part) for part in model.modules()}  # classes of its parts
     for kind in [kind for kind in kinds if kind.__name__ == "Gemma3RMSNorm"]:  # 109 parts in Gemma 3 270M
-        kind.forward = lambda norm, x: LeanNorm.apply(x, norm.weight, norm.eps)  # other norms have no 1 +
+        kind.forward = lambda norm, x: LeanNorm.apply(x, norm.weight, norm.eps)  # other norms stay
 
 # The layers are compiled one by one: two graphs, sliding and full, whatever the depth. A trial compiles them
 # for the shape of a training batch. From then on this process compiles nothing any more: shorter batches and
 # evaluations run uncompiled, without a pause in the run.
-def compile_layers(model, batch, length, options):  # B, T, arguments of torch.compile → "", or why not
-    lists = [part for part in model.base_model.children() if isinstance(part, torch.nn.ModuleList)]  # one
+def compile_layers(model, plain, batch, length, options):  # B, T, arguments of torch.compile → "", or why not
+    lists = [part for part in model.base_model.children() if isinstance(part, torch.nn.ModuleList)]  # one list
     layers = [layer for part in lists for layer in part]  # 18 in Gemma 3 270M
-    if not layers:  # a model of parts, such as one for pictures
-        return "this model has no list of layers"  # nothing is compiled
+    if not (plain and layers):  # a model of parts, such as one for pictures, or with a loss of its own
+        return "it needs the chunked loss and a list of layers"  # nothing is compiled
     torch._dynamo.config.optimize_ddp = False  # it would cut each graph where gradients are sent
     try:  # the compiler may be missing
         for layer in layers:  # names in checkpoints stay as they are
             layer.compile(**options)  # compiled at the first call
-        width = model.get_input_embeddings().embedding_dim  # H
-        embedded = torch.zeros(batch, length, width, device=model.device, requires_grad=True)  # any values
+        width = model.get_input_embeddings().embedding_dim  # H, 640
+        embedded = torch.zeros(batch, length, width, device=model.device, requires_grad=True)  # (B, T, H)
         out = model.train().base_model(inputs_embeds=embedded).last_hidden_state  # (B, T, H): forward
         torch.autograd.grad(out.float().sum(), embedded)  # backward; no weight gets a gradient
         torch.compiler.set_stance("eager_on_recompile")  # from here on nothing is compiled
@@ -1006,17 +1024,17 @@ def cached(name, generator, kwargs, cache_dir, rebuild, features=None):  # → D
     return builder.as_dataset(split=name)  # memory-mapped: read from the disk only where touched
 
 def read_texts(files, column):  # a generator: in memory is one row, or one JSON array
-    """Yield {"text": str or None} for every row of the files, in order. Raises: SystemExit(2), with the place."""
+    """Yield {"text": str or None} for every row, in order. Raises: SystemExit(2), with the place."""
     rows = 0  # rows of all files so far, blank ones too
     for path in files:  # formats may be mixed
         kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # such as ".jsonl", also for x.jsonl.gz
-        reader = {".txt": read_lines, ".csv": read_csv}.get(kind, read_json)  # datasets would read "NA" as null
+        reader = {".txt": read_lines, ".csv": read_csv}.get(kind, read_json)  # datasets would read NA as null
         for place, row in reader(path):  # place (str) names file and line; datasets' errors do not
             rows += 1  # an empty file is an error below
             row = {column: row} if kind == ".txt" else row  # .txt is the one format without columns
             if not isinstance(row, dict):  # a bare string, number or list
                 die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # an example
-            check_column(f"{path}, line 1" if kind == ".csv" else place, column, row)  # names may change half-way
+            check_column(f"{path}, line 1" if kind == ".csv" else place, column, row)  # names may change
             text = row[column]  # str or None, if the file is right
             if not isinstance(text, str | None):  # numbers and lists are no text
                 die(f"{place}: column {column!r} holds {json.dumps(text)[:60]}, not text; "  # value as JSON
@@ -1024,7 +1042,7 @@ def read_texts(files, column):  # a generator: in memory is one row, or one JSON
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
                 die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")  # no UTF-8
             yield {"text": text}  # one row of the cache; null counts as blank later
-    die_if(not rows, f"{', '.join(files)}: no rows; check how it was written")  # a lone header, or an empty array
+    die_if(not rows, f"{', '.join(files)}: no rows; check how it was written")  # a lone header, or []
 
 def read_lines(path):  # → (place, line); a line ends with \n; the file may be gzipped, and larger than memory
     unpack = gzip.open if path.endswith(".gz") else open  # gzip.open and open take the same arguments
@@ -1140,7 +1158,7 @@ def fingerprints(model, train, validation):  # → {"model", "train_data", "vali
 
 # ── Training ───────────────────────────────────────────────────────────────────────────────────────
 PEAKS = {  # dense 16-bit TFLOP/s that the makers state; the first entry found in the device's name counts
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,  # Hopper
+    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,  # of Hopper
     "A100": 312, "A40": 149.7, "RTX A6000": 155, "RTX 3090": 71,  # Ampere; an RTX A4000 is no A40
     "L40S": 362, "L4": 121, "RTX 4090": 165, "V100": 125, "T4": 65}  # Ada, Volta, Turing
 
@@ -1148,7 +1166,7 @@ def peak_flops(args):  # TrainingArguments → 16-bit FLOP/s of all devices; 0 i
     listed = args.device.type == "cuda" and args.mixed_precision != "no"  # the peaks are those of 16 bits
     name = torch.cuda.get_device_name(args.device) if listed else ""  # such as "NVIDIA A40"
     return args.world_size * 1e12 * next(  # in FLOP/s, the sum over all ranks
-        (PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b(?! Ti| D| Laptop)", name)), 0)  # words
+        (PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b(?! Ti| D| Laptop)", name)), 0)  # a name in words
 
 def flops_per_token(model, length):  # FLOPs of training on a token of a chunk: 6 a weight, and attention
     config = model.config.get_text_config()  # the formula is that of PaLM's appendix B (arXiv:2204.02311)
@@ -1179,13 +1197,13 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         self.earlier = last["seconds"]  # training time of earlier calls
         self.first = state.global_step  # steps that earlier calls have made
         self.began = time.time()  # when this call began to train, seconds since 1970
-        if self.model_wrapped is not self.model:  # several processes
-            zero_grad = self.model_wrapped.zero_grad  # of DistributedDataParallel
-            self.model_wrapped.zero_grad = lambda: zero_grad(set_to_none=False)  # keeps the buckets
+        if self.model_wrapped is not self.model:  # there are several processes
+            zero_grad = self.model_wrapped.zero_grad  # a method of DistributedDataParallel
+            self.model_wrapped.zero_grad = lambda: zero_grad(set_to_none=False)  # zeros stay in the buckets
         self.start_stopwatch()  # from here on the speed is measured
         self.run.signals.in_training = True  # from now on a signal waits for a checkpoint
 
-    # The Trainer divides a batch's losses by the step's tokens and averages over ranks; times tokens it is a sum.
+    # The Trainer divides a batch's losses by the step's tokens and averages over ranks: times tokens, a sum.
     def training_step(self, model, inputs, num_items_in_batch=None):  # forward and backward pass of a batch
         share = super().training_step(model, inputs, num_items_in_batch)  # of the loss; ranks are averaged
         batches = self.current_gradient_accumulation_steps  # perhaps fewer in an epoch's last step
@@ -1225,7 +1243,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             self.sums.zero_()  # the next line counts from here
             speed = (self.tokens - self.before) / max(time.time() - self.logged, 1e-9)  # of all ranks
             seconds = time.time() - self.began  # of this call, evaluations and checkpoints included
-            left = (self.state.max_steps - step) * seconds / max(step - self.first, 1)  # seconds to the last step
+            left = (self.state.max_steps - step) * seconds / max(step - self.first, 1)  # seconds to go
             resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes: ru_maxrss is in KiB
             memory = torch.cuda.max_memory_allocated() or resident  # bytes, the peak so far; 0 without a GPU
             logs |= {"loss": loss / tokens,  # a mean over tokens: a short step counts for less
@@ -1294,7 +1312,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
     def collate(rows):  # rows → a batch: input_ids and labels (B, T), int64; on the CPU, while the GPU works
         batch = collator([row["input_ids"] for row in rows])  # the collator's labels lack the pad token
         return batch | {"labels": batch["input_ids"]}  # no padding here, and pad may be EOS: learn every id
-    args.accelerator_config.non_blocking = args.dataloader_pin_memory  # a GPU works on while a batch is copied
+    args.accelerator_config.non_blocking = args.dataloader_pin_memory  # a GPU works while a batch is copied
     trainer = FineTuner(  # train() makes optimizer and schedule
         run, resume, model=model, args=args, data_collator=collate, processing_class=tokenizer,  # saved in each model
         train_dataset=train and train.with_format("torch"),  # tensors: lists of numbers take long to stack
@@ -1314,14 +1332,11 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         if compiler := train and run.settings["torch_compile"]:  # asked for; evaluations run uncompiled
             if args.activation_checkpointing:  # as the Trainer will do it: else the trial might not fit
                 options = dict(args.activation_checkpointing_kwargs or {})  # of torch.utils.checkpoint
-                for name in {"every_n_layers", "offload"} & options.keys():  # two that the Trainer takes out
-                    del options[name]  # the trial needs neither
-                model.activation_checkpointing_enable(options or None)  # the Trainer does so again
-            trial = (compile_layers, model, min(args.train_batch_size, len(train)),  # chunks of a forward pass
-                     trainer.length, compiler)  # a function and its arguments
-            if not plain:  # its layers are called with more than the trial knows
-                trial = (lambda: "it needs the chunked loss",)  # a note is all that comes of it
+                kept = options.keys() - {"every_n_layers", "offload"}  # two that the Trainer takes out
+                model.activation_checkpointing_enable({name: options[name] for name in kept} or None)  # None: defaults
             log0("Compiling the layers: this takes a minute or two.")  # else a long silence
+            batch = min(args.train_batch_size, len(train))  # B, chunks of a forward pass
+            trial = (compile_layers, model, plain, batch, trainer.length, compiler)  # for tried()
             trainer.compiled = tried("torch.compile", *trial)  # the plan says so
     if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
         again = train and (resume.state.global_step + 1 if resume.path else 0)  # first step to be logged anew
@@ -1470,12 +1485,14 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     except Exception as error:  # die() raises SystemExit, which is no Exception
         explain(error, training_args, run)  # in a sentence, if the user can mend it
         raise  # unexplained: Python prints the traceback
-    finally:  # data loaders may live on: persistent ones, or after a stop
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would complain about killed loaders
-        for loader in multiprocessing.active_children():  # Python would wait: loaders ignore signals
-            loader.kill()  # SIGKILL: a data loader has nothing to lose
     log0(f"Done: the {'metrics are' if args.evaluate_only else 'model is'} in {args.output_dir}.")  # a run's last line
 
 if __name__ == "__main__":  # python main.py, accelerate launch main.py
     with reported():  # an error ends in one sentence
-        main(ARGS, SIGNALS)  # ARGS may be the SystemExit of a wrong call
+        try:  # however the run ends
+            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # signals are received again
+            main(ARGS, SIGNALS)  # ARGS may be the SystemExit of a wrong call
+        finally:  # data loaders and helpers of datasets may live on: Python would wait for them
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would complain about killed loaders
+            for helper in multiprocessing.active_children() + multiprocess.active_children():  # of both kinds
+                helper.kill()  # SIGKILL: a helper has nothing to lose

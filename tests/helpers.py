@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,8 +190,11 @@ def plain_loss(model_dir, chunks):
 # ── Running main.py ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(*argv, env=None, cwd=None, prepare=None):
-    """Run main.py in a fork of this process, after prepare() in it. Returns: status, stdout, stderr, both as text."""
+def run(*argv, env=None, cwd=None, prepare=None, signals=()):
+    """Run main.py in a fork of this process, after prepare() in it. Returns: status, out, err and pid.
+
+    signals: pairs (seconds, number): what it gets so long after its start, or after it has set its own handlers.
+    """
     sys.stdout.flush(), sys.stderr.flush()
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -210,8 +214,26 @@ def run(*argv, env=None, cwd=None, prepare=None):
                 end_helpers()
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
+        over = threading.Event()
+        senders = [threading.Thread(target=send, args=(child, over, *plan)) for plan in signals]
+        for sender in senders:
+            sender.start()
+        os.waitid(os.P_PID, child, os.WEXITED | os.WNOWAIT)  # its number is not given away yet
+        over.set()
+        for sender in senders:
+            sender.join()
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-        return SimpleNamespace(status=status, out=out.read_text(), err=err.read_text())
+        return SimpleNamespace(status=status, out=out.read_text(), err=err.read_text(), pid=child)
+
+
+def send(child, over, seconds, number):
+    """Send a signal to a child that is not over by then; SIGTERM and SIGINT once main.py has its handlers."""
+    caught = Path("/proc", str(child), "status")  # SigCgt has bit n - 1 for signal n
+    while number in (signal.SIGTERM, signal.SIGINT) and not over.wait(0.005):
+        if int(re.search(r"SigCgt:\s*(\w+)", caught.read_text())[1], 16) >> (signal.SIGTERM - 1) & 1:
+            break
+    if not over.wait(seconds):
+        os.kill(child, number)
 
 
 def end_helpers():
@@ -332,7 +354,7 @@ class Server:
         env = os.environ | {"LD_PRELOAD": str(library)}
         self.process = subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=-3, text=True)
 
-    def start(self, argv, place, k=0, seconds=None, number=signal.SIGKILL, env=None, limit=0):
+    def start(self, argv, place, k=0, seconds=None, number=signal.SIGKILL, env=None, limit=120):
         job = {"argv": [str(word) for word in argv], "place": str(place), "k": k, "seconds": seconds, "signal": number,
                "env": env, "limit": limit}  # fmt: skip
         print(json.dumps(job), file=self.process.stdin, flush=True)

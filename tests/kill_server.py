@@ -1,11 +1,12 @@
 """Runs main.py in forks that a library, preloaded into this process, kills at the k-th change below a directory.
 
-Reads one JSON object a line: {"argv": […], "place": directory, "k": 0 for no kill, "seconds": null, or when to send
-itself "signal", "env": {…} or null, "limit": seconds after which SIGALRM ends it, 0 for none}. Answers with {"status",
-"out", "err", "changes", "orphans": the commands of processes that are still there two seconds after it}.
+Reads one JSON object a line: {"argv": […], "place": directory, "k": 0 for no kill, "seconds": null, or when it gets
+"signal", "env": {…} or null, "limit": seconds after which it is ended and says where it was}. Answers with {"status",
+"out", "err", "pid", "changes", "orphans": the commands of processes that are still there two seconds after it}.
 """
 
 import ctypes
+import faulthandler
 import json
 import os
 import signal
@@ -35,17 +36,18 @@ def orphans():
     return [Path("/proc", number, "cmdline").read_text().replace("\0", " ") for number in left]
 
 
+last = os.getpid()
 for line in sys.stdin:
     job = json.loads(line)
 
-    def prepare(job=job):
+    def prepare(job=job, last=last):
+        if len(str(os.getpid())) != len(str(last)):  # 10000 after 9999
+            time.sleep(1)  # TensorBoard reads the files of one second in the order of the digits of these numbers
         library.kill_at(job["place"].encode(), job["k"])
-        if job["limit"]:
-            signal.alarm(job["limit"])
-        if job["seconds"]:
-            signal.signal(signal.SIGALRM, lambda *_: os.kill(os.getpid(), job["signal"]))
-            signal.setitimer(signal.ITIMER_REAL, job["seconds"])
+        faulthandler.enable()  # a run that does not end says where it waits
 
+    signals = [(job["limit"], signal.SIGABRT)] + [(job["seconds"], job["signal"])] * (job["seconds"] is not None)
     library.kill_at(b"", 0)  # the counter is shared with the fork
-    done = run(*job["argv"], prepare=prepare, env=job["env"])
+    done = run(*job["argv"], prepare=prepare, env=job["env"], signals=signals)
+    last = done.pid
     print(json.dumps(vars(done) | {"changes": library.kill_count(), "orphans": orphans()}), file=answers, flush=True)
