@@ -15,11 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import ROOT, free_port, manual, refused, same_weights, write_jsonl
+from helpers import GPU, ROOT, free_port, manual, refused, same_weights, write_jsonl
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import main
 
+if not GPU:
+    pytest.skip("needs a GPU: bash tests/run.sh --gpu", allow_module_level=True)
 pytestmark = pytest.mark.gpu
 DEVICE = "cuda"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
