@@ -85,7 +85,7 @@ def reported():  # around the command line, the imports and main(): prints the s
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
     except BaseException as error:  # a SystemExit, or what a library has raised while it passed through
-        signal.setitimer(signal.ITIMER_REAL, 0)  # the run is ending: receive() need not insist any more
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # leave() has got through, or the run has ended otherwise
         if not (end := ending(error)):  # a fault that nothing here knows
             raise  # Python prints the traceback
         sentence = getattr(end, "sentence", "")  # what the user reads; empty for --help
@@ -253,29 +253,31 @@ class Signals:  # what has been received, and what becomes of it
         self.launcher = 0  # process id of accelerate or torchrun, 0 without one
         for number in STOPS:  # both mean: stop, but lose nothing
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
-        os.register_at_fork(before=self.hold, after_in_child=self.release, after_in_parent=lambda:  # at any fork
+        os.register_at_fork(before=self.hold, after_in_child=self.release, after_in_parent=lambda:  # by Python
                             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # receive() works again
         sys.unraisablehook = lambda lost: (  # Python drops an error that comes in a fork or a destructor
-            signal.setitimer(signal.ITIMER_REAL, 0.01, 3) if ending(lost.exc_value)  # leave() again, soon
-            else sys.__unraisablehook__(lost))  # prints the error
+            signal.setitimer(signal.ITIMER_REAL, 0.01, 3)  # SIGALRM in 10 ms, then every 3 s: leave() tries again
+            if signal.getsignal(signal.SIGALRM) and ending(lost.exc_value)  # the lost one came from leave()
+            else sys.__unraisablehook__(lost))  # prints any other error
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # launchers set these
             self.launcher = os.getppid()  # accelerate passes no signal on to a single process
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the launcher dies
 
     def hold(self):  # before each fork: Python would lose what reaches the new process in its first moments
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # Linux keeps them back until release()
-        self.parent = os.getpid()  # what the new process compares its parent with
+        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # Linux keeps signals back until release()
+        self.parent = os.getpid()  # the new process looks whether this one is still there
 
-    def release(self):  # in each new process, a data loader or a tokenizer
+    def release(self):  # in each new process: a data loader, a tokenizer, datasets' manager of them
         for number in STOPS:  # a pool ends its tokenizers by SIGTERM
             signal.signal(number, signal.SIG_DFL)  # Linux ends it: Python might wait for a lock
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: none outlives a kill -9
-        if os.getppid() != self.parent:  # the run has ended before Linux knew of our wish
-            os._exit(1)  # nobody waits for this process
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: SIGKILL when the run is gone
+        os.getppid() == self.parent or os._exit(1)  # the run has ended before prctl() could take effect
         if not self.in_training:  # Ctrl-C and Slurm signal every process: data loaders stay deaf to it
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # a signal that has come ends the tokenizer now
 
     def receive(self, number, frame):  # noted in training; else, or when repeated after 3 seconds, the end
+        if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # held back, but Linux found another thread
+            return signal.pthread_kill(threading.get_ident(), number)  # to this thread: comes when it unblocks
         if self.launcher:  # the launcher's death arrives as a SIGTERM
             time.sleep(0.1)  # Linux signals a moment before getppid() changes
             number = number if self.launcher == os.getppid() else signal.SIGKILL  # 9 stands for the launcher's death
@@ -285,12 +287,12 @@ class Signals:  # what has been received, and what becomes of it
             self.since = time.time()  # the 3 seconds count from here
             self.received = number  # on_step_end() looks at the number
         if not self.in_training or time.time() - self.since > 3:  # nothing to save, or a signal that insists
-            signal.signal(signal.SIGALRM, lambda *_: self.leave(number, ""))  # comes by the timer
-            signal.setitimer(signal.ITIMER_REAL, 3, 3)  # seconds: a pool that ends may wait for the dead
+            signal.setitimer(signal.ITIMER_REAL, 3, 3)  # SIGALRM every 3 s: a pool may wait for a dead one's lock
             self.leave(number, "")  # checkpoints saved before are whole
 
     def leave(self, number, saved):  # every signal ends here; saved: words on a checkpoint, or ""
         self.in_training = False  # a further signal ends the run at once
+        signal.signal(signal.SIGALRM, lambda *_: self.leave(number, saved))  # the same again, in case it gets lost
         lost = number == signal.SIGKILL  # status 1: MAX_RETRIES of multinode_train.sh tries again
         name = "the loss of a launcher" if lost else signal.Signals(number).name  # else SIGTERM or SIGINT
         die(f"stopped by {name}{saved}; the same command again goes on", 1 if lost else 128 + number)  # 128 + 15 or 2
@@ -366,6 +368,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             yield  # the phase runs here, and raises its error
         except (SystemExit, Exception) as error:  # die(), or a fault of this program
             mine = ending(error) or error  # the other ranks hear of it first
+            signal.setitimer(signal.ITIMER_REAL, 0)  # no SIGALRM while they do
         words = getattr(mine, "sentence", f"{type(mine).__name__}: {one_line(mine)}")  # else kind and words
         ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: no failure
         if isinstance(mine, Exception):  # no SystemExit
@@ -1321,8 +1324,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
     ddp = trainer.accelerator.ddp_handler  # settings of DistributedDataParallel
     warnings.filterwarnings("ignore", ".*broadcast_buffers")  # torch renames what the Trainer sets for us
     ddp.gradient_as_bucket_view = True  # gradients live in the buckets that they are sent from: 1.07 GB less
-    hook = run.settings["ddp_comm_hook"] or "no"  # "bf16": gradients are rounded to be sent
-    ddp.comm_hook = accelerate.DDPCommunicationHookType(hook)  # accelerate would pass over a mere str
+    ddp.comm_hook = accelerate.DDPCommunicationHookType(run.settings["ddp_comm_hook"] or "no")  # a str is ignored
     trainer.length = len((train or validation)[0]["input_ids"])  # T, the tokens of a chunk
     model.to(args.device)  # with --bf16_full_eval the Trainer has not done so
     use_lean_norms(model)  # the same values in less memory
@@ -1433,8 +1435,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         training_args = make_training_arguments(args)  # from here on the device is known
         transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
         tools = {name: version(name) for name in ("torch", "transformers")}  # a change is no error
-        gpu = training_args.device.type == "cuda"  # else a CPU
-        tools["device"] = torch.cuda.get_device_name() if gpu else "cpu"  # another one rounds otherwise
+        tools["device"] = torch.cuda.get_device_name() if training_args.device.type == "cuda" else "cpu"  # rounding
         settings = run_settings(args, training_args)  # by which this run is known again
         run = Run(settings, tools, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # what on_save() needs
     if ranks.size > 1:  # several processes: compare before any work
@@ -1472,8 +1473,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
             run.versions["attention"] = model.config._attn_implementation  # a trial may fail another time
             run.versions["layers"] = "compiled" if trainer.compiled else "not compiled"  # in use, not asked
             print_plan(args, training_args, trainer, train, validation)  # what is about to happen
-        if resume.path:  # the same command again
-            state = resume.state  # how far the earlier calls have come
+        if resume.path and (state := resume.state):  # the same command again
             log0(f"Going on from {resume.path}, step {state.global_step:,} of {state.max_steps:,}.")  # said
             if resume.versions != run.versions:  # allowed: a run may move to another machine
                 log0("warning  the weights may differ in their last bits: "  # other kernels round otherwise
@@ -1488,11 +1488,13 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     log0(f"Done: the {'metrics are' if args.evaluate_only else 'model is'} in {args.output_dir}.")  # a run's last line
 
 if __name__ == "__main__":  # python main.py, accelerate launch main.py
-    with reported():  # an error ends in one sentence
-        try:  # however the run ends
+    try:  # however the run ends
+        with reported():  # an error ends in one sentence
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # signals are received again
             main(ARGS, SIGNALS)  # ARGS may be the SystemExit of a wrong call
-        finally:  # data loaders and helpers of datasets may live on: Python would wait for them
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's would complain about killed loaders
-            for helper in multiprocessing.active_children() + multiprocess.active_children():  # of both kinds
-                helper.kill()  # SIGKILL: a helper has nothing to lose
+    finally:  # Python's own end follows, in which nothing may raise, and which waits for living helpers
+        for number in (signal.SIGCHLD, *STOPS):  # torch complains about killed loaders; a signal now just kills
+            signal.signal(number, signal.SIG_DFL)  # the answer of Linux
+        managers = [helper for helper in multiprocess.active_children() if not helper.daemon]  # of datasets' pools
+        for helper in multiprocessing.active_children() + managers:  # data loaders are deaf to SIGTERM
+            helper.kill()  # SIGKILL: a helper has nothing to lose

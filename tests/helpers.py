@@ -211,6 +211,7 @@ def run(*argv, env=None, cwd=None, prepare=None, signals=()):
                     prepare()
                 status = run_as_script([str(text) for text in argv])
             finally:
+                signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
                 end_helpers()
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
@@ -354,9 +355,9 @@ class Server:
         env = os.environ | {"LD_PRELOAD": str(library)}
         self.process = subprocess.Popen(command, env=env, stdin=-1, stdout=-1, stderr=-3, text=True)
 
-    def start(self, argv, place, k=0, seconds=None, number=signal.SIGKILL, env=None, limit=120):
+    def start(self, argv, place, k=0, seconds=None, number=signal.SIGKILL, env=None, limit=120, fork=0):
         job = {"argv": [str(word) for word in argv], "place": str(place), "k": k, "seconds": seconds, "signal": number,
-               "env": env, "limit": limit}  # fmt: skip
+               "env": env, "limit": limit, "fork": fork}  # fmt: skip
         print(json.dumps(job), file=self.process.stdin, flush=True)
 
     def answer(self):

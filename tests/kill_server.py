@@ -1,12 +1,14 @@
 """Runs main.py in forks that a library, preloaded into this process, kills at the k-th change below a directory.
 
 Reads one JSON object a line: {"argv": […], "place": directory, "k": 0 for no kill, "seconds": null, or when it gets
-"signal", "env": {…} or null, "limit": seconds after which it is ended and says where it was}. Answers with {"status",
-"out", "err", "pid", "changes", "orphans": the commands of processes that are still there two seconds after it}.
+"signal", "fork": 0, or the number of its fork in which it gets "signal", "env": {…} or null, "limit": seconds after
+which it is ended and says where it was}. Answers with {"status", "out", "err", "pid", "changes", "orphans": the
+commands of processes that are still there two seconds after it}.
 """
 
 import ctypes
 import faulthandler
+import itertools
 import json
 import os
 import signal
@@ -45,6 +47,8 @@ for line in sys.stdin:
             time.sleep(1)  # TensorBoard reads the files of one second in the order of the digits of these numbers
         library.kill_at(job["place"].encode(), job["k"])
         faulthandler.enable()  # a run that does not end says where it waits
+        forks = itertools.count(1)
+        os.register_at_fork(before=lambda: next(forks) == job["fork"] and os.kill(os.getpid(), job["signal"]))
 
     signals = [(job["limit"], signal.SIGABRT)] + [(job["seconds"], job["signal"])] * (job["seconds"] is not None)
     library.kill_at(b"", 0)  # the counter is shared with the fork

@@ -215,18 +215,21 @@ def test_the_logs_of_a_killed_run_join_up(every_step_saved, kill_servers, four_s
 @pytest.mark.slow
 def test_a_signal_at_any_moment_ends_with_its_status_and_costs_nothing(kill_servers, four_steps, tmp_path):
     """B10: SIGTERM and SIGINT, at any time: 143 or 130, a sentence, no traceback."""
-    argv, expected = four_steps
+    argv, expected = [*four_steps[0], "--max_steps", 60, "--save_steps", 20], tmp_path / "whole"
+    began = time.time()
+    assert kill_servers[0].run([*argv, "--output_dir", expected], expected)["status"] == 0
+    moment = (time.time() - began) / 24
 
     def work(server, number):
         output = tmp_path / str(number)
         which = (signal.SIGTERM, signal.SIGINT)[number % 2]
-        done = server.run([*argv, "--output_dir", output], output, seconds=number / 25, number=which)
+        done = server.run([*argv, "--output_dir", output], output, seconds=number * moment, number=which)
         assert done["status"] in (0, 128 + which) and "Traceback" not in done["err"], done["err"]
         saved = None
         if done["status"]:
-            sentence = done["err"].partition("main.py: error: ")[2].splitlines()[0]
+            sentence = done["err"].partition("main.py: error: ")[2]
             assert f"stopped by {which.name}" in sentence and "the same command again goes on" in sentence
-            saved = re.search(r"at step (\d) of 4; saved (\S+);", sentence)
+            saved = re.search(r"at step (\d+) of 60; saved (\S+);", sentence)
             assert not saved or (output / f"checkpoint-{saved[1]}/manifest.json").exists()
         again = server.run([*argv, "--output_dir", output], output)
         assert again["status"] == 0, again["err"]
@@ -258,6 +261,40 @@ def test_no_helper_process_stays_behind(kill_servers, four_steps, tmp_path):
         assert in_child(same_weights, expected, output)
 
     share(kill_servers, range(30), work)
+
+
+@pytest.mark.slow
+def test_a_signal_in_the_middle_of_a_fork_is_not_lost(kill_servers, four_steps, tmp_path):
+    """B10: whether datasets' manager, a tokenizer or a data loader is just made: the sentence, and nobody is left."""
+    argv = [*four_steps[0], "--preprocessing_num_workers", 2, "--dataloader_num_workers", 2]
+
+    def work(server, number):
+        output = tmp_path / str(number)
+        call = [*argv, "--output_dir", output, "--cache_dir", tmp_path / f"cache{number}"]
+        done = server.run(call, output, number=signal.SIGTERM, fork=number)
+        assert done["status"] == 128 + signal.SIGTERM and "Traceback" not in done["err"], (number, done)
+        assert done["orphans"] == [], (number, done)
+        return re.search(r"stopped by SIGTERM( at step \d of 4)?", done["err"])[1]
+
+    assert share(kill_servers, range(1, 6), work) == [None, None, None, " at step 1 of 4", " at step 1 of 4"]
+
+
+AT_THE_END = """
+import atexit, os, runpy, signal, sys
+atexit.register(lambda: print("the last word", flush=True))
+atexit.register(lambda: os.kill(os.getpid(), signal.SIGTERM))
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.slow
+def test_a_signal_while_python_ends_kills_it_and_says_nothing(four_steps, tmp_path):
+    """B10: a second Ctrl-C, or a launcher's SIGTERM, behind the last line: no traceback, no other signal's status."""
+    words = [sys.executable, "-c", AT_THE_END, ROOT / "main.py", *four_steps[0], "--output_dir", tmp_path / "out"]
+    done = subprocess.run([str(word) for word in words], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == -signal.SIGTERM and "Done: the model is in" in done.stdout.splitlines()[-1], done
+    assert "Traceback" not in done.stderr and "main.py: error" not in done.stderr, done.stderr
 
 
 @pytest.mark.slow
@@ -299,7 +336,7 @@ def test_the_time_of_all_calls_is_reported(kill_servers, four_steps, tmp_path):
     for step in (5, 60, 120):
         server.start(argv, output)
         while not any(number >= step for number in steps(output)):
-            time.sleep(0.01)
+            assert not select.select([server.process.stdout], [], [], 0.01)[0], server.answer()
         subprocess.run(["pkill", "-TERM", "-P", str(server.process.pid)], check=True)
         assert server.answer()["status"] == 128 + signal.SIGTERM
         before, earlier = earlier, logged(output)[-1]["seconds"]

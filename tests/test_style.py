@@ -85,7 +85,7 @@ def test_the_trainer_is_read_in_a_sitting():
     """Limits of lines, wide lines, functions; no class and hardly an import in a function; one choice a statement."""
     source = (ROOT / "main.py").read_text()
     lines, known = source.splitlines(), functions(source)
-    assert len(lines) <= 1498
+    assert len(lines) <= 1500
     assert sum(len(line) > 110 for line in lines) < 150
     assert [node.name for node in inside(known, ast.ClassDef)] == []
     imports = [lines[node.lineno - 1] for node in inside(known, ast.Import | ast.ImportFrom)]
