@@ -85,7 +85,7 @@ def reported():  # around the command line, the imports and main(): prints the s
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
     except BaseException as error:  # a SystemExit, or what a library has raised while it passed through
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # leave() has got through, or the run has ended otherwise
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # no SIGALRM from here on: the run is ending
         if not (end := ending(error)):  # a fault that nothing here knows
             raise  # Python prints the traceback
         sentence = getattr(end, "sentence", "")  # what the user reads; empty for --help
@@ -244,7 +244,7 @@ def expand_files(flag, patterns):  # → absolute paths of existing, readable fi
 # ── Signals ────────────────────────────────────────────────────────────────────────────────────────
 # SIGTERM comes from batch systems and launchers, SIGINT from Ctrl-C. Outside the training either ends the
 # run at once. In training it is kept until the end of the step, where all ranks agree on it, save and stop.
-STOPS = (signal.SIGTERM, signal.SIGINT)  # kill -9 cannot be caught, and need not be
+STOPS = (signal.SIGTERM, signal.SIGINT)  # what asks for a stop; kill -9 cannot be caught, and need not be
 class Signals:  # what has been received, and what becomes of it
     def __init__(self):  # before the heavy imports, as a signal may come at any time
         self.received = 0  # number of the first signal, 0 before one has come
@@ -368,7 +368,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             yield  # the phase runs here, and raises its error
         except (SystemExit, Exception) as error:  # die(), or a fault of this program
             mine = ending(error) or error  # the other ranks hear of it first
-            signal.setitimer(signal.ITIMER_REAL, 0)  # no SIGALRM while they do
+            signal.setitimer(signal.ITIMER_REAL, 0)  # no SIGALRM cuts into that
         words = getattr(mine, "sentence", f"{type(mine).__name__}: {one_line(mine)}")  # else kind and words
         ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: no failure
         if isinstance(mine, Exception):  # no SystemExit
@@ -446,7 +446,7 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     asked = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "NO").lower()  # by `accelerate config`
     backend = plan.torch_compile_backend or {"no": None}.get(asked, asked)  # None without any wish
     mode = plan.torch_compile_mode  # such as max-autotune-no-cudagraphs, or None
-    forbidden = {"--torch_compile", "--no_torch_compile"} & {*args.given} and not plan.torch_compile  # said
+    forbidden = {"--torch_compile", "--no_torch_compile"} & {*args.given} and not plan.torch_compile  # by a flag
     die_if(mode in ("reduce-overhead", "max-autotune"),  # torch documents it for gradient accumulation
            f"--torch_compile_mode {mode} uses CUDA graphs, which cannot add up the gradients of several batches: "
            "leave it out, or give max-autotune-no-cudagraphs")
@@ -1169,7 +1169,7 @@ def peak_flops(args):  # TrainingArguments → 16-bit FLOP/s of all devices; 0 i
     listed = args.device.type == "cuda" and args.mixed_precision != "no"  # the peaks are those of 16 bits
     name = torch.cuda.get_device_name(args.device) if listed else ""  # such as "NVIDIA A40"
     return args.world_size * 1e12 * next(  # in FLOP/s, the sum over all ranks
-        (PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b(?! Ti| D| Laptop)", name)), 0)  # a name in words
+        (PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b(?! Ti| D| Laptop)", name)), 0)  # whole words
 
 def flops_per_token(model, length):  # FLOPs of training on a token of a chunk: 6 a weight, and attention
     config = model.config.get_text_config()  # the formula is that of PaLM's appendix B (arXiv:2204.02311)
@@ -1338,7 +1338,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
                 model.activation_checkpointing_enable({name: options[name] for name in kept} or None)  # None: defaults
             log0("Compiling the layers: this takes a minute or two.")  # else a long silence
             batch = min(args.train_batch_size, len(train))  # B, chunks of a forward pass
-            trial = (compile_layers, model, plain, batch, trainer.length, compiler)  # for tried()
+            trial = (compile_layers, model, plain, batch, trainer.length, compiler)  # passed to tried()
             trainer.compiled = tried("torch.compile", *trial)  # the plan says so
     if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
         again = train and (resume.state.global_step + 1 if resume.path else 0)  # first step to be logged anew
@@ -1435,7 +1435,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         training_args = make_training_arguments(args)  # from here on the device is known
         transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
         tools = {name: version(name) for name in ("torch", "transformers")}  # a change is no error
-        tools["device"] = torch.cuda.get_device_name() if training_args.device.type == "cuda" else "cpu"  # rounding
+        tools["device"] = torch.cuda.get_device_name() if training_args.device.type == "cuda" else "cpu"  # own rounding
         settings = run_settings(args, training_args)  # by which this run is known again
         run = Run(settings, tools, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # what on_save() needs
     if ranks.size > 1:  # several processes: compare before any work
@@ -1474,7 +1474,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
             run.versions["layers"] = "compiled" if trainer.compiled else "not compiled"  # in use, not asked
             print_plan(args, training_args, trainer, train, validation)  # what is about to happen
         if resume.path and (state := resume.state):  # the same command again
-            log0(f"Going on from {resume.path}, step {state.global_step:,} of {state.max_steps:,}.")  # said
+            log0(f"Going on from {resume.path}, step {state.global_step:,} of {state.max_steps:,}.")  # steps made
             if resume.versions != run.versions:  # allowed: a run may move to another machine
                 log0("warning  the weights may differ in their last bits: "  # other kernels round otherwise
                      f"{differences(resume.versions, run.versions)} when that was saved")
