@@ -273,6 +273,7 @@ def test_the_part_of_a_gpu_says_in_a_sentence_that_there_is_none(tmp_path):
     assert not (tmp_path / "gpu.md").exists()
 
 
+@pytest.mark.slow
 def test_no_other_call_collects_the_tests_of_a_gpu():
     """They are neither run nor counted, so that a run on a CPU has nothing to explain."""
     done = launch(sys.executable, "-m", "pytest", "--collect-only", "-q", "-k", "gpu", ROOT / "tests")

@@ -554,6 +554,7 @@ def test_nothing_is_left_after_kill_9_of_the_first_process():
     assert not gone([int(launched)], 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("retries", [0, 3])
 @pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -9)])
 def test_a_signal_while_the_others_are_waited_for_ends_the_script(tmp_path, retries, number, status):
