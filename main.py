@@ -255,7 +255,7 @@ class Signals:  # what has been received, and what becomes of it
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
         os.register_at_fork(before=self.hold, after_in_child=self.release, after_in_parent=lambda:  # by Python
                             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # receive() works again
-        sys.unraisablehook = lambda lost: (  # Python drops an error that comes in a fork or a destructor
+        sys.unraisablehook = lambda lost: (  # Python drops an error that a fork or a destructor raises
             signal.setitimer(signal.ITIMER_REAL, 0.01, 3)  # SIGALRM in 10 ms, then every 3 s: leave() tries again
             if signal.getsignal(signal.SIGALRM) and ending(lost.exc_value)  # the lost one came from leave()
             else sys.__unraisablehook__(lost))  # prints any other error
@@ -276,8 +276,8 @@ class Signals:  # what has been received, and what becomes of it
             signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # a signal that has come ends the tokenizer now
 
     def receive(self, number, frame):  # noted in training; else, or when repeated after 3 seconds, the end
-        if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # held back, but Linux found another thread
-            return signal.pthread_kill(threading.get_ident(), number)  # to this thread: comes when it unblocks
+        if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # hold() is in force, but in one thread only
+            return signal.pthread_kill(threading.get_ident(), number)  # this thread gets it when it unblocks
         if self.launcher:  # the launcher's death arrives as a SIGTERM
             time.sleep(0.1)  # Linux signals a moment before getppid() changes
             number = number if self.launcher == os.getppid() else signal.SIGKILL  # 9 stands for the launcher's death
@@ -287,12 +287,12 @@ class Signals:  # what has been received, and what becomes of it
             self.since = time.time()  # the 3 seconds count from here
             self.received = number  # on_step_end() looks at the number
         if not self.in_training or time.time() - self.since > 3:  # nothing to save, or a signal that insists
-            signal.setitimer(signal.ITIMER_REAL, 3, 3)  # SIGALRM every 3 s: a pool may wait for a dead one's lock
+            signal.setitimer(signal.ITIMER_REAL, 3, 3)  # SIGALRM every 3 s: a pool may wait for a lost lock
             self.leave(number, "")  # checkpoints saved before are whole
 
     def leave(self, number, saved):  # every signal ends here; saved: words on a checkpoint, or ""
         self.in_training = False  # a further signal ends the run at once
-        signal.signal(signal.SIGALRM, lambda *_: self.leave(number, saved))  # the same again, in case it gets lost
+        signal.signal(signal.SIGALRM, lambda *_: self.leave(number, saved))  # raises the same, should Python drop it
         lost = number == signal.SIGKILL  # status 1: MAX_RETRIES of multinode_train.sh tries again
         name = "the loss of a launcher" if lost else signal.Signals(number).name  # else SIGTERM or SIGINT
         die(f"stopped by {name}{saved}; the same command again goes on", 1 if lost else 128 + number)  # 128 + 15 or 2
@@ -368,7 +368,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             yield  # the phase runs here, and raises its error
         except (SystemExit, Exception) as error:  # die(), or a fault of this program
             mine = ending(error) or error  # the other ranks hear of it first
-            signal.setitimer(signal.ITIMER_REAL, 0)  # no SIGALRM cuts into that
+            signal.setitimer(signal.ITIMER_REAL, 0)  # no SIGALRM cuts off the exchange below
         words = getattr(mine, "sentence", f"{type(mine).__name__}: {one_line(mine)}")  # else kind and words
         ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: no failure
         if isinstance(mine, Exception):  # no SystemExit
@@ -805,7 +805,7 @@ def try_compiler(head, softcap):  # → "", or how a compiled softmax_gradients(
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # R may change without compiling anew
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):  # as ChunkedLoss calls it
         kernel(logits, targets, softcap, False)  # compiles the graph of evaluations
-        ours = (*kernel(logits, targets, softcap, True), logits)  # that of training: (R, 1) twice, (R, V)
+        ours = (*kernel(logits, targets, softcap, True), logits)  # the graph of training: (R, 1) twice, (R, V)
         theirs = (*softmax_gradients(few, targets[:8], softcap, True), few)  # the same for eight tokens
     for one, other in zip(ours, theirs, strict=True):  # losses, gradients of labels, gradients of all words
         if not torch.allclose(one[:8].float(), other.float(), rtol=2e-2, atol=1e-7):  # bfloat16: 0.8 %
@@ -942,7 +942,7 @@ class LeanNorm(torch.autograd.Function):  # in the place of Gemma3RMSNorm's forw
 def use_lean_norms(model):  # one function for all norms, so that the compiler finds all layers alike
     kinds = {type(part) for part in model.modules()}  # classes of its parts
     for kind in [kind for kind in kinds if kind.__name__ == "Gemma3RMSNorm"]:  # 109 parts in Gemma 3 270M
-        kind.forward = lambda norm, x: LeanNorm.apply(x, norm.weight, norm.eps)  # other norms stay
+        kind.forward = lambda norm, x: LeanNorm.apply(x, norm.weight, norm.eps)  # other norms stay as they are
 
 # The layers are compiled one by one: two graphs, sliding and full, whatever the depth. A trial compiles them
 # for the shape of a training batch. From then on this process compiles nothing any more: shorter batches and
