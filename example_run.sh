@@ -30,9 +30,9 @@ list() {  # one scenario a line
     echo "  single      one GPU, or the CPU where there is none, on wikitext"  # the plainest training command
     echo "  multi       several GPUs of this machine on wikitext; GPUS=2,3 chooses which"  # one process for each
     echo "  memory      like single, in the least memory: for a GPU that is small or shared"  # about 20 % slower
-    echo "  custom      your own text: data/train.jsonl, data/val.jsonl or TRAIN_FILE, VALIDATION_FILE"  # or .csv, .txt
+    echo "  custom      your own documents: data/train.jsonl, data/val.jsonl or TRAIN_FILE, VALIDATION_FILE"  # or .txt
     echo "  resume      kill a run in the middle and see it go on as if nothing had happened"  # shows the promise
-    echo "  evaluate    loss and perplexity of a MODEL on a VALIDATION_FILE; trains nothing"  # of any model
+    echo "  evaluate    loss, perplexity and bits per byte of a MODEL on a VALIDATION_FILE; trains nothing"  # of any
 }
 
 # ── Helpers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -151,6 +151,7 @@ custom() {  # your text
     activate  # the files are there
     TRAIN_FILE=$train VALIDATION_FILE=$validation choose_input  # MODEL, if it is set, as well
     input+=(--text_column text)  # other columns are ignored
+    input+=(--add_eos)  # the model learns where a document ends, and so where to stop
     run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" "$@"  # three epochs
 }
 
@@ -267,13 +268,14 @@ quickstart() {  # the whole way, for two cores and no GPU
         --validation_file quickstart/validation.jsonl  # the held-out chapters, about 5,000 tokens
         --max_seq_length 512 --per_device_eval_batch_size 2  # perplexity depends on the length
         --no_truncation  # whole chapters are longer than 512 tokens
+        --add_eos  # the model learns where a chapter ends
         --cache_dir quickstart/cache  # goes with quickstart/
     )
     if native_bf16; then  # on 2 cores 12 s a step instead of 20
         settings+=(--bf16)  # before and after alike: the same rounding
     fi
 
-    step 4 "Before: perplexity of the base model on chapters that are held out"  # the number to improve
+    step 4 "Before: how well the base model reads chapters that are held out"  # the numbers to improve
     local before=(  # the first measurement
         "$python" main.py --do_eval --model_name_or_path quickstart/gemma-3-270m  # measures, trains nothing
         "${settings[@]}" "$@" --output_dir quickstart/base  # last: places cannot be changed
@@ -302,7 +304,7 @@ quickstart() {  # the whole way, for two cores and no GPU
     "${training[@]}"  # trains nothing when finished
 
     step 6 "After"  # side by side
-    "$python" examples/quickstart.py report quickstart  # perplexity and a sample
+    "$python" examples/quickstart.py report quickstart  # of whole chapters, with a sample
 }
 
 # ── The scenario that was asked for ──────────────────────────────────────────────────────────────────────────────────

@@ -34,7 +34,6 @@ import signal  # SIGTERM and Ctrl-C
 import socket  # names and addresses of machines
 import sys  # arguments, exit status, standard error
 import tempfile  # tries whether a directory can be written
-import textwrap  # cuts long messages between words
 import threading  # hears of errors in TensorBoard's writer thread
 import time  # speed, and the seconds of all calls
 import traceback  # errors with all their causes
@@ -74,7 +73,6 @@ def die(sentence, status=2, speaks=SPEAKER):  # ends the run; status 2: a wrong 
 def die_if(wrong, sentence):  # wrong: any value; what is true or not empty ends the run
     if wrong:  # saves an if and a line at each check
         die(sentence)  # with status 2: the call or the data is wrong
-
 def ending(error):  # → the SystemExit of die() or --help that error is, or that error has hidden; else None
     while error and not isinstance(error, SystemExit):  # a signal may come while datasets has files to close
         error = error.__context__  # what was on its way when a library raised an error of its own
@@ -85,7 +83,6 @@ def reported():  # around the command line, the imports and main(): prints the s
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
     except BaseException as error:  # a SystemExit, or what a library has raised while it passed through
-        signal.signal(signal.SIGALRM, signal.SIG_IGN)  # no SIGALRM from here on: the run is ending
         if not (end := ending(error)):  # a fault that nothing here knows
             raise  # Python prints the traceback
         sentence = getattr(end, "sentence", "")  # what the user reads; empty for --help
@@ -99,7 +96,6 @@ def reported():  # around the command line, the imports and main(): prints the s
 def did_you_mean(name, names):  # → " (did you mean 'text'?)", or "" if none of names is similar
     close = difflib.get_close_matches(name, names, n=1)  # the nearest one, if at least 0.6 similar
     return f" (did you mean {close[0]!r}?)" if close else ""  # goes behind the wrong name
-
 def bounded(kind, low, above=False):  # a type for argparse: a finite int or float, at least low, or above it
     def read(text):  # argparse passes the text behind a flag
         value = kind(text)  # ValueError becomes "invalid whole number value: '1e-3'"
@@ -137,12 +133,14 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add("--train_file", **path, nargs="+", help=".json .jsonl .csv .txt, .gz; several, or a glob")  # needs no network
     add("--validation_file", **path, nargs="+", help="the same, for evaluation")  # held out: never trained on
     add("--text_column", default="text", help="the column that holds the text")  # only .txt has no columns
+    add("--sample_by", choices=("document", "paragraph", "line"), default="document",  # as in datasets' own loader
+        help="a text in a .txt file: the whole of it, a block between blank lines, or a line")  # it has no rows
     add("--max_seq_length", type=bounded(int, 2), default=2048, help="tokens per chunk")  # the context learnt
     add("--no_truncation", **switch, help="keep texts longer than a chunk whole")  # for long documents
     add("--add_eos", **switch, help="end each text with the end-of-sequence token")  # teaches where to stop
     add("--max_train_samples", type=count, help="train on the first N chunks only")  # for a quick try
     add("--max_eval_samples", type=count, help="evaluate on the first N chunks only")  # for quick evaluations
-    add("--preprocessing_num_workers", type=count, help="processes that tokenize")  # unset: one, on all cores
+    add("--preprocessing_num_workers", type=count, help="threads that tokenize")  # unset: one on each core
     add("--cache_dir", **path, help="where prepared data is kept for the next run")  # unset: datasets' cache
     add("--overwrite_cache", **switch, help="prepare the data anew")  # changed files need no flag
     add = parser.add_argument_group("training").add_argument  # schedule and optimizer
@@ -165,13 +163,15 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add("--eval_steps", type=positive, default=500, help="steps between evaluations")  # needs validation data
     add("--metric_for_best_model", choices=("loss", "eval_loss"), help="unset: loss")  # perplexity follows
     add("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")  # older ones go
+    add("--save_dtype", choices=("bfloat16", "float16", "float32"),  # 0.54, 0.54 or 1.07 GB
+        help="dtype of the finished model; unset: that of its base")  # checkpoints keep float32
     add("--report_to", nargs="+", default=["tensorboard"], help="where curves go, or none")  # wandb, mlflow and more
     add("--resume_from_checkpoint", **path, help="go on from this one, not the newest")  # from any output_dir
     add = parser.add_argument_group("misc").add_argument  # processes, repeatability, what to do
     add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # then the run ends
     add("--ddp_backend", choices=("nccl", "gloo"), help="unset: nccl, on CPUs gloo")  # the library that sums gradients
     add("--ddp_comm_hook", choices=("bf16",), help="send gradients in bfloat16")  # for slow networks
-    add("--seed", type=bounded(int, 0), default=42, help="of the order of chunks and new weights")  # dropout, too
+    add("--seed", type=bounded(int, 0), default=42, help="of the order of chunks and new weights")  # dropout
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # a name from run_clm.py
     add("--do_eval", **switch, help="given alone: only evaluate on the validation data")  # and no training
     words = sys.argv[1:] if argv is None else argv  # tests pass words of their own
@@ -202,8 +202,11 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     flash = {(found.version or "")[:1] for found in distributions(name="flash-attn")}  # 4 is flash-attn-4
     die_if(args.use_flash_attention and flash != {"2"},  # flash-attn is missing, or is no version 2
            "--use_flash_attention needs flash-attn 2: pip install flash-attn --no-build-isolation")
-    die_if(args.dataset_name and (args.train_file or args.validation_file),  # data given twice
+    files = args.train_file + args.validation_file  # absolute paths
+    die_if(args.dataset_name and files,  # data given twice
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
+    die_if("--sample_by" in args.given and ".txt" not in str(files).lower(),  # it would change nothing
+           "--sample_by is for .txt files; of this data each row is a text: leave it out")
     die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
     need = "validation_file" if eval_only else "train_file"  # the data that this call cannot do without
     die_if(not (args.dataset_name or vars(args)[need]), f"no data: give --dataset_name or --{need}")  # nothing to read
@@ -253,30 +256,14 @@ class Signals:  # what has been received, and what becomes of it
         self.launcher = 0  # process id of accelerate or torchrun, 0 without one
         for number in STOPS:  # both mean: stop, but lose nothing
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
-        os.register_at_fork(before=self.hold, after_in_child=self.release, after_in_parent=lambda:  # by Python
-                            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # receive() works again
-        sys.unraisablehook = lambda lost: (  # Python drops an error that a fork or a destructor raises
-            signal.setitimer(signal.ITIMER_REAL, 0.01, 3)  # SIGALRM in 10 ms, then every 3 s: leave() tries again
-            if signal.getsignal(signal.SIGALRM) and ending(lost.exc_value)  # the lost one came from leave()
-            else sys.__unraisablehook__(lost))  # prints any other error
+        os.register_at_fork(  # data loaders inherit what is blocked: Ctrl-C and Slurm signal every process
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # they stay deaf to it
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # this process is not
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # launchers set these
             self.launcher = os.getppid()  # accelerate passes no signal on to a single process
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the launcher dies
-
-    def hold(self):  # before each fork: Python would lose what reaches the new process in its first moments
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # Linux keeps signals back until release()
-        self.parent = os.getpid()  # the new process looks whether this one is still there
-
-    def release(self):  # in each new process: a data loader, a tokenizer, datasets' manager of them
-        for number in STOPS:  # a pool ends its tokenizers by SIGTERM
-            signal.signal(number, signal.SIG_DFL)  # Linux ends it: Python might wait for a lock
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: SIGKILL when the run is gone
-        os.getppid() == self.parent or os._exit(1)  # the run has ended before prctl() could take effect
-        if not self.in_training:  # Ctrl-C and Slurm signal every process: data loaders stay deaf to it
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # a signal that has come ends the tokenizer now
-
     def receive(self, number, frame):  # noted in training; else, or when repeated after 3 seconds, the end
-        if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # hold() is in force, but in one thread only
+        if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # a fork: Python would drop the end
             return signal.pthread_kill(threading.get_ident(), number)  # this thread gets it when it unblocks
         if self.launcher:  # the launcher's death arrives as a SIGTERM
             time.sleep(0.1)  # Linux signals a moment before getppid() changes
@@ -287,12 +274,9 @@ class Signals:  # what has been received, and what becomes of it
             self.since = time.time()  # the 3 seconds count from here
             self.received = number  # on_step_end() looks at the number
         if not self.in_training or time.time() - self.since > 3:  # nothing to save, or a signal that insists
-            signal.setitimer(signal.ITIMER_REAL, 3, 3)  # SIGALRM every 3 s: a pool may wait for a lost lock
             self.leave(number, "")  # checkpoints saved before are whole
-
     def leave(self, number, saved):  # every signal ends here; saved: words on a checkpoint, or ""
         self.in_training = False  # a further signal ends the run at once
-        signal.signal(signal.SIGALRM, lambda *_: self.leave(number, saved))  # raises the same, should Python drop it
         lost = number == signal.SIGKILL  # status 1: MAX_RETRIES of multinode_train.sh tries again
         name = "the loss of a launcher" if lost else signal.Signals(number).name  # else SIGTERM or SIGINT
         die(f"stopped by {name}{saved}; the same command again goes on", 1 if lost else 128 + number)  # 128 + 15 or 2
@@ -312,7 +296,6 @@ with reported():  # also for a signal that comes during the imports
     try:  # six seconds, for which nobody waits who has mistyped a flag
         import accelerate  # the Trainer's layer for ranks and devices
         import datasets  # Arrow files, memory-mapped: data may be larger than memory
-        import multiprocess  # what datasets starts its processes with
         import numpy as np  # arrays of ids, cut into chunks
         import psutil  # addresses of network interfaces
         import pyarrow as pa  # Arrow, the file format of the cache
@@ -333,10 +316,9 @@ with reported():  # also for a signal that comes during the imports
         signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a signal waits for the end of the file
 
 # ── Processes ──────────────────────────────────────────────────────────────────────────────────────
-# A launcher starts a process, a rank, for each device. Before the training the ranks wait for each other for
-# hours if need be, compare what they are about to do, and end together if one fails. In training a rank that
-# dies closes its connections, which ends the others; a silent one ends them after --ddp_timeout. NCCL carries
-# gradients between GPUs, gloo all else. tools/launch.py watches the machines.
+# A launcher starts a process, a rank, for each device. Before the training the ranks wait for each other, for
+# hours if need be, compare what they will do, and end together if one fails. In training a rank that dies
+# closes its connections, which ends all; a silent one ends them after --ddp_timeout. tools/launch.py watches.
 @dataclass  # Python writes __init__() from the fields
 class Ranks:  # the processes of this run on all machines; a single one exchanges nothing
     rank: int = 0  # this process among all, from 0
@@ -345,7 +327,6 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
     name: str = ""  # "rank 1 on node1", for sentences
     patient: object = None  # gloo group for the time before the training
     prompt: object = None  # gloo group for the training, which waits for --ddp_timeout
-
     def gather(self, value):  # → [value of rank 0, value of rank 1, …], pickled, over gloo
         values = [value] * self.size  # a single process needs no more
         try:  # a rank may die while the others wait for it
@@ -354,13 +335,11 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
         except RuntimeError as error:  # gloo's answer to a closed connection
             die(f"another process was lost ({one_line(error)}); the same command again goes on", 1, True)  # retry
         return values  # the same on all ranks
-
     def max(self, number):  # → the largest number (int) of all ranks; called once a step
         largest = torch.tensor(number)  # on the CPU: no GPU is waited for
         if self.size > 1:  # a single process has nobody to ask
             dist.all_reduce(largest, dist.ReduceOp.MAX, group=self.prompt)  # RuntimeError when a rank is lost
         return largest.item()  # the same on all ranks
-
     @contextmanager  # makes `with ranks.together():` possible
     def together(self):  # around each phase before the training: all ranks end when one of them fails
         mine = None  # the error of this rank, if any
@@ -368,14 +347,12 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             yield  # the phase runs here, and raises its error
         except (SystemExit, Exception) as error:  # die(), or a fault of this program
             mine = ending(error) or error  # the other ranks hear of it first
-            signal.setitimer(signal.ITIMER_REAL, 0)  # no SIGALRM cuts off the exchange below
         words = getattr(mine, "sentence", f"{type(mine).__name__}: {one_line(mine)}")  # else kind and words
         ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: no failure
         if isinstance(mine, Exception):  # no SystemExit
             raise mine  # explained by main(), or printed with its traceback
         for machine, name, status, words in filter(None, ends):  # the first failure is that of all ranks
             die(words if machine == self.machine else f"{name}: {words}", status)  # elsewhere with the rank
-
     def check_same(self, facts):  # end all ranks, unless facts (dict of JSON values) are the same everywhere
         (first, wanted), *others = self.gather((self.name, facts))  # rank 0's facts are the measure
         for who, own in others:  # the first rank that differs ends all, as training would hang
@@ -387,7 +364,7 @@ def differences(saved, now):  # → str: a clause for each setting of now that d
     names = [name for name, value in now.items() if saved.get(name) != value]  # in the order of the flags
     return "; ".join(f"{name} is {now[name]!r} instead of {saved.get(name)!r}" for name in names)  # None: not saved
 
-def join_group(args):  # → Ranks, connected before a device is touched; args may be the SystemExit of a wrong call
+def join_group(args):  # → Ranks, connected before a device is touched; args may be the error of a wrong call
     rank, local, size = (int(os.environ.get(name) or 0) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))  # unset: 0
     if size < 2:  # no launcher, or one that starts a single process
         return Ranks()  # rank 0 of 1, which waits for nobody
@@ -447,19 +424,15 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     backend = plan.torch_compile_backend or {"no": None}.get(asked, asked)  # None without any wish
     mode = plan.torch_compile_mode  # such as max-autotune-no-cudagraphs, or None
     forbidden = {"--torch_compile", "--no_torch_compile"} & {*args.given} and not plan.torch_compile  # by a flag
-    die_if(mode in ("reduce-overhead", "max-autotune"),  # torch documents it for gradient accumulation
-           f"--torch_compile_mode {mode} uses CUDA graphs, which cannot add up the gradients of several batches: "
-           "leave it out, or give max-autotune-no-cudagraphs")
-    args.torch_compile = not forbidden and bool(plan.torch_compile or backend or mode)  # any of them
-    if args.torch_compile:  # kept in run.json: a run that goes on keeps them
-        known = {"backend": torch._dynamo.list_backends(()),  # names, with those for tests
-                 "mode": torch._inductor.list_mode_options()}  # names, and the settings of each
-        for name, value in (("backend", backend), ("mode", mode)):  # None if not given
-            die_if(value and value not in known[name],  # a misspelt name
-                   f"--torch_compile_{name} {value}: known are {', '.join(known[name])}")
-        args.torch_compile = {"backend": backend or "inductor", "mode": mode}  # arguments of torch.compile
-    plan.torch_compile = False  # the Trainer would compile the whole model
-    plan.torch_compile_backend = plan.torch_compile_mode = None  # one alone makes the Trainer compile
+    die_if(mode not in (None, "default", "max-autotune-no-cudagraphs"),  # torch documents it for accumulation
+           f"--torch_compile_mode {mode}: known are default and max-autotune-no-cudagraphs; the others use "
+           "CUDA graphs, which cannot add up the gradients of several batches")
+    known = torch._dynamo.list_backends(())  # names, with those for tests
+    die_if(backend not in (None, *known),  # a misspelt name
+           f"--torch_compile_backend {backend}: known are {', '.join(known)}")
+    wanted = not forbidden and bool(plan.torch_compile or backend or mode)  # any of them
+    args.torch_compile = wanted and {"backend": backend or "inductor", "mode": mode}  # or False
+    plan.torch_compile = plan.torch_compile_backend = plan.torch_compile_mode = None  # each would compile all
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
         die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # sharded
     die_if(plan.load_best_model_at_end and plan.save_strategy == "steps" and plan.save_steps != plan.eval_steps,  # lost
@@ -473,7 +446,7 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # any flag's fault
         die(f"the Trainer does not accept these flags: {one_line(error)}")  # in the Trainer's own words
     old = made.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)  # a T4 or V100
-    die_if(old and made.mixed_precision == "bf16", "--bf16 needs an A40 or a newer GPU: use --fp16")  # slow there
+    die_if(old and made.mixed_precision == "bf16", "--bf16 needs an A40 or a newer GPU: use --fp16")  # slow
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
         log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")  # N ranks
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
@@ -534,7 +507,6 @@ class Run:  # who this run is; run.json keeps settings, versions and chosen
     ranks: Ranks  # all processes of this run
     signals: Signals  # SIGTERM or SIGINT, if one has come
     lock: object = None  # the open lock file; None for --do_eval and on ranks other than 0
-
 @dataclass  # made by verify(), returned by find_checkpoint()
 class Resume:  # where this call goes on from
     path: str | None = None  # a checkpoint; output_dir if the run has finished; None: a fresh start
@@ -564,10 +536,9 @@ def fsync(path):  # wait until a file or directory is on the disk: a rename must
     handle = os.open(path, os.O_RDONLY)  # a directory can be opened for reading, too
     os.fsync(handle)  # now; Linux alone would take half a minute
     os.close(handle)  # else a long run would use up all handles
-
 def write_manifest(folder, run):  # seal a folder and flush it to the disk; a rename comes next
     lock = join(run.output_dir, ".lock")  # another run may have made this file anew
-    if not exists(lock) or not os.path.samestat(os.fstat(run.lock.fileno()), os.stat(lock)):  # gone, or made anew
+    if not exists(lock) or not os.path.samestat(os.fstat(run.lock.fileno()), os.stat(lock)):  # gone, or new
         die(f"--output_dir {run.output_dir} was moved or removed during the run: "  # or a second one was made there
             "put it back in the place of what is there now, and the same command again goes on", 1)  # then
     with open(join(folder, "run.json"), "w") as file:  # who the run is; trainer_state.json says how far it is
@@ -680,15 +651,16 @@ def load_model(args):  # from the hub, its cache or a directory
     """Return (tokenizer, model in float32, on the CPU): bfloat16 would lose updates of 2e-5. Raises: SystemExit."""
     name = args.model_name_or_path  # a hub name or a directory
     flag = "--model_name_or_path"  # names the flag in sentences
-    attention = "flash_attention_2" if args.use_flash_attention else None  # None: PyTorch's sdpa, or eager
     config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
+    args.save_dtype = args.save_dtype or str(config.get_text_config().dtype or torch.float32)[6:]  # behind "torch."
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # else an empty one is made
     tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
     die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: the context is {most}")  # of the model
     model, report = loaded(  # downloads 536 MB the first time
         flag, name, transformers.AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32,  # for small updates
-        attn_implementation=attention, ignore_mismatched_sizes=True, output_loading_info=True)  # says what is missing
+        attn_implementation="flash_attention_2" if args.use_flash_attention else None,  # None: sdpa, or eager
+        ignore_mismatched_sizes=True, output_loading_info=True)  # the report says what is missing
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # random
     die_if(wrong, f"{flag} {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # random now
     if not args.use_flash_attention:  # its kernels need a GPU, and the model is on the CPU here
@@ -709,15 +681,15 @@ def tried(what, trial, *args):  # → whether a trial on the device at hand goes
     except Exception as error:  # dozens of kinds: the compiler's, the driver's, torch's own
         if isinstance(error, torch.OutOfMemoryError) or ending(error):  # a full GPU, or a signal
             raise  # explain() and reported() have sentences for both
-        why = f"{type(error).__name__}: {textwrap.shorten(str(error), 160)}"  # its beginning tells the cause
+        why = f"{type(error).__name__}: {one_line(error)[:160]}"  # its beginning tells the cause
     if why and SPEAKER:  # each machine speaks of its own devices
         print(f"note     {what} is not used ({why}): slower, but not wrong", flush=True)  # the run goes on
     return not why  # True: what was tried is in use
 
-# Flash Attention from torch (arXiv:2307.08691): no mask is made, and only the keys in the window are read.
 GQA_FLAG = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11 has none
 def windowed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, **_):  # on CUDA
-    """(B, heads, T, D) queries, (B, kv heads, T, D) keys and values → (B, T, heads, D), None; causal."""
+    """(B, heads, T, D) queries, (B, kv heads, T, D) keys and values → (B, T, heads, D), None; causal.
+    Flash Attention from torch (arXiv:2307.08691): no mask is made, only the keys in the window are read."""
     length = query.shape[2]  # T, the tokens of a chunk
     q, k, v = (x.transpose(1, 2).flatten(0, 1).to(value.dtype) for x in (query, key, value))  # (B × T, …, D)
     starts = torch.arange(0, len(q) + 1, length, dtype=torch.int32, device=q.device)  # (B + 1,): borders
@@ -753,9 +725,8 @@ def try_attention(config, device, dtype):  # → "", or by how much windowed_att
 
 def use_windowed_attention(model):  # where there is a kernel for it, and it gives what sdpa gives
     dtype = product_dtype(model.get_input_embeddings().weight)  # bfloat16 with --bf16
-    fits = model.config._attn_implementation == "sdpa"  # else --use_flash_attention is given
-    fits = fits and model.config.model_type == "gemma3_text"  # other models may mask in other ways
-    fits = fits and model.device.type == "cuda" and dtype != torch.float32  # there is no other kernel
+    kind = (model.config.model_type, model.config._attn_implementation, model.device.type)  # others mask otherwise
+    fits = kind == ("gemma3_text", "sdpa", "cuda") and dtype != torch.float32  # what its kernel is made for
     if fits and tried("windowed attention", try_attention, model.config, model.device, dtype):  # since Ampere
         transformers.AttentionInterface.register("windowed", windowed_attention)  # "flash" means a package
         model.set_attn_implementation("windowed")  # for a name of ours transformers makes no masks
@@ -763,20 +734,16 @@ def use_windowed_attention(model):  # where there is a kernel for it, and it giv
 def product_dtype(x):  # → dtype of matrix products with the tensor x: that of autocast, or its own
     kind = x.device.type  # "cuda" or "cpu"
     return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype  # else float32
-
 def add_product(total, a, b):  # total (M, N), in float32, += a (M, K) @ b (K, N)
-    if a.dtype == total.dtype:  # float32: no autocast is on
-        total.addmm_(a, b)  # in place: no copy of the sum is made
-    elif a.is_cuda:  # 16-bit factors, whose products a tensor core adds up in float32
+    if a.is_cuda and a.dtype != total.dtype:  # 16-bit factors: tensor cores add their products up in float32
         torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # read and written in one go
-    elif a.dtype == torch.float16:  # on a CPU the sum would be rounded to float16, which ends at 65,504
-        total.addmm_(a.float(), b.float())  # float32 copies of both
-    else:  # bfloat16 on a CPU, where adding one dtype to another takes four times as long
+    elif a.dtype == torch.bfloat16:  # on a CPU, where adding one dtype to another takes four times as long
         total += (a @ b).float()  # rounded to bfloat16 before the addition
+    else:  # float32, or float16 on a CPU, whose sum would be rounded to float16, which ends at 65,504
+        total.addmm_(a.float(), b.float())  # in place: no copy of the sum is made
 
 def softmax_gradients(logits, targets, softcap, train):  # made to be compiled: 6 bytes moved for each logit
     """(R, V) logits, (R, 1) labels → log p of the label and d loss / d its logit, (R, 1) each, in float32.
-
     train: the other words' gradients, p, take the place of the logits. All are times GRAD_SCALE."""
     capped = softcap * torch.tanh(logits.float() / softcap) if softcap else logits  # Gemma 2: within ±30
     logs = torch.log_softmax(capped, -1, dtype=torch.float32)  # (R, V): log p of every word
@@ -805,7 +772,7 @@ def try_compiler(head, softcap):  # → "", or how a compiled softmax_gradients(
         torch._dynamo.maybe_mark_dynamic(tensor, 0)  # R may change without compiling anew
     with torch.no_grad(), torch.autocast(head.device.type, enabled=False):  # as ChunkedLoss calls it
         kernel(logits, targets, softcap, False)  # compiles the graph of evaluations
-        ours = (*kernel(logits, targets, softcap, True), logits)  # the graph of training: (R, 1) twice, (R, V)
+        ours = (*kernel(logits, targets, softcap, True), logits)  # the graph of training: (R, 1), (R, 1), (R, V)
         theirs = (*softmax_gradients(few, targets[:8], softcap, True), few)  # the same for eight tokens
     for one, other in zip(ours, theirs, strict=True):  # losses, gradients of labels, gradients of all words
         if not torch.allclose(one[:8].float(), other.float(), rtol=2e-2, atol=1e-7):  # bfloat16: 0.8 %
@@ -815,7 +782,6 @@ def try_compiler(head, softcap):  # → "", or how a compiled softmax_gradients(
 
 class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
     """(hidden (N, H), head (V, H), labels (N,), softcap, train) → (sum of the losses, losses (N,)), float32.
-
     A label of -100 costs and teaches nothing. Only the sum has a gradient; train: make it, in forward()."""
     @staticmethod  # called on the class, by autograd
     def forward(ctx, hidden, head, labels, softcap, train):  # ctx carries the gradients to backward()
@@ -857,7 +823,6 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
         ctx.counted = counted  # (N, 1): for backward()
         ctx.scale = GRAD_SCALE.get(dtype, 1.0)  # 1 but for float16
         return losses.sum(), losses  # the sum to learn from, losses to report
-
     @staticmethod  # called on the class, by autograd
     def backward(ctx, upstream, _):  # upstream: d loss of the step / d sum, a scalar
         grad_hidden, grad_head = ctx.gradients  # (N, H); (V, H): 0.67 GB in float32
@@ -866,41 +831,22 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
         grad_hidden.mul_(ctx.counted * upstream)  # (N, H): 0 where the label is -100
         return grad_hidden, grad_head.mul_(upstream), None, None, None  # autograd casts to the inputs' dtypes
 
-def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alone: a single process
+def use_chunked_loss(model):  # replaces the model's own loss
     """Make model(input_ids, labels=…) return {"loss": scalar, "token_losses": (B, T - 1)} without all logits.
-
     Returns: bool, False for a model whose loss is more than a head and a softcap: it keeps its own."""
     own = model.forward  # the original, with all logits
     head = model.get_output_embeddings()  # head.weight is (V, H)
-    table = model.get_input_embeddings()  # tied in Gemma 3: row t of (V, H) stands for token t
-    alone = alone and model.config.model_type == "gemma3_text" and table.weight is head.weight  # one matrix
-    alone = alone and head.weight.device.type == "cpu" and table.padding_idx is not None  # a GPU's sums vary
     softcap = getattr(model.config.get_text_config(), "final_logit_softcapping", None)  # None for Gemma 3
-
-    # A tied table needs no (V, H) gradient of its own: add() adds to the head's, which the loss has made.
-    def rows_of(input_ids):  # (B, T) → the table's rows (B, T, H), where autograd ends
-        rows = table(input_ids).detach().requires_grad_()  # a leaf of its own
-        def add(grad):  # (B, T, H): the end of the backward pass
-            grad = grad * table.scalar_embed_scale * (input_ids != table.padding_idx)[..., None]  # as table()
-            head.weight.grad.index_add_(0, input_ids.flatten(), grad.flatten(0, 1).to(head.weight.dtype))  # sums rows
-        rows.register_hook(add)  # autograd calls add() with rows' gradient
-        return rows  # in the place of input_ids
-
-    def loss_of(hidden, labels, items):  # (B, T, H), (B, T), tokens in the step or None
-        labels = labels[:, 1:].to(hidden.device)  # (B, T - 1): token t is predicted from all before it
-        hidden = hidden[:, :-1].flatten(0, 1)  # (B × (T - 1), H): the last token predicts nothing
-        total, losses = ChunkedLoss.apply(  # scalar, (B × (T - 1),)
-            hidden, head.weight, labels.flatten(), softcap, torch.is_grad_enabled())  # off in evaluations
-        items = (labels != -100).sum().clamp(min=1) if items is None else items  # never 0: 0/0 is no number
-        return {"loss": total / items, "token_losses": losses.view(labels.shape)}  # scalar and (B, T - 1)
-
     def forward(input_ids, labels=None, num_items_in_batch=None, **rest):  # the Trainer passes these names
         if labels is None:  # generation asks for logits
             return own(input_ids, **rest)  # the model's own logits
-        rows = alone and torch.is_grad_enabled()  # evaluation has no gradients
-        text = {"inputs_embeds": rows_of(input_ids)} if rows else {"input_ids": input_ids}  # (B, T, H), or (B, T)
-        return loss_of(model.base_model(**text, **rest).last_hidden_state, labels, num_items_in_batch)  # a dict
-
+        hidden = model.base_model(input_ids=input_ids, **rest).last_hidden_state[:, :-1]  # (B, T - 1, H)
+        labels = labels[:, 1:].to(hidden.device)  # (B, T - 1): token t is predicted from all before it
+        total, losses = ChunkedLoss.apply(  # scalar, (B × (T - 1),)
+            hidden.flatten(0, 1), head.weight, labels.flatten(), softcap, torch.is_grad_enabled())  # train
+        if num_items_in_batch is None:  # tokens that are learnt from in the step
+            num_items_in_batch = (labels != -100).sum().clamp(min=1)  # never 0: 0/0 is no number
+        return {"loss": total / num_items_in_batch, "token_losses": losses.view(labels.shape)}  # as named above
     def trial():  # → "" if eight tokens cost the same by both losses
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # more than one matrix
             return "this model's own head holds all logits"  # as plain transformers does
@@ -921,7 +867,6 @@ def use_chunked_loss(model, alone=False):  # replaces the model's own loss; alon
 # Six norms in each layer: values as in the model's own, but only x is kept, a third of all activations less.
 class LeanNorm(torch.autograd.Function):  # in the place of Gemma3RMSNorm's forward()
     """(x (…, D), weight (D,), eps) → x ÷ root mean square × (1 + weight), the RMSNorm of arXiv:1910.07467.
-
     The result has the dtype of autocast's matrix products, to which the layer behind would cast it."""
     @staticmethod  # called on the class, by autograd
     def forward(ctx, x, weight, eps):  # eps: keeps a row of zeros finite
@@ -929,7 +874,6 @@ class LeanNorm(torch.autograd.Function):  # in the place of Gemma3RMSNorm's forw
         scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)  # (…, 1): one number for each row
         ctx.save_for_backward(x, weight, scale)  # the layer keeps x anyway; scale is small
         return (wide * scale * (1 + weight.float())).to(product_dtype(x))  # (…, D), in 16 bits with --bf16
-
     @staticmethod  # called on the class, by autograd
     def backward(ctx, upstream):  # upstream (…, D): d loss / d output
         x, weight, scale = ctx.saved_tensors  # as saved by forward()
@@ -938,15 +882,13 @@ class LeanNorm(torch.autograd.Function):  # in the place of Gemma3RMSNorm's forw
         grad_weight = (upstream.float() * normed).flatten(0, -2).sum(0)  # (D,): summed over all rows
         grad_x = scale * (slope - normed * (slope * normed).mean(-1, keepdim=True))  # scale depends on x, too
         return grad_x.type_as(x), grad_weight.type_as(weight), None  # eps has no gradient
-
 def use_lean_norms(model):  # one function for all norms, so that the compiler finds all layers alike
     kinds = {type(part) for part in model.modules()}  # classes of its parts
     for kind in [kind for kind in kinds if kind.__name__ == "Gemma3RMSNorm"]:  # 109 parts in Gemma 3 270M
-        kind.forward = lambda norm, x: LeanNorm.apply(x, norm.weight, norm.eps)  # other norms stay as they are
+        kind.forward = lambda norm, x: LeanNorm.apply(x, norm.weight, norm.eps)  # other norms stay as is
 
-# The layers are compiled one by one: two graphs, sliding and full, whatever the depth. A trial compiles them
-# for the shape of a training batch. From then on this process compiles nothing any more: shorter batches and
-# evaluations run uncompiled, without a pause in the run.
+# Layers are compiled one by one: two graphs, sliding and full, whatever the depth. A trial does so for the shape
+# of a training batch. Nothing is compiled later: shorter batches and evaluations run uncompiled, without pause.
 def compile_layers(model, plain, batch, length, options):  # B, T, arguments of torch.compile → "", or why not
     lists = [part for part in model.base_model.children() if isinstance(part, torch.nn.ModuleList)]  # one list
     layers = [layer for part in lists for layer in part]  # 18 in Gemma 3 270M
@@ -970,19 +912,29 @@ def compile_layers(model, plain, batch, length, options):  # B, T, arguments of 
 # ── Data: read ─▶ tokenize ─▶ pack ─────────────────────────────────────────────────────────────────
 # Text becomes chunks of one length, without padding: each token read is in one chunk, or in the report.
 # Each step is cached in memory-mapped Arrow files: memory stays flat, and the next run starts at once.
+# In a chunk ~id stands for a token that is seen and never predicted: BOS, which no text calls for.
+# A row is a text, or a piece of a document. Its `part` is a sum: does a text begin here (BOS goes before it), does
+# one end here (EOS may go behind it), may it be cut to a chunk, has the text a BOS or an EOS of its own?
+BEGINS, ENDS, CUT, HAD_BOS, HAD_EOS = (2**bit for bit in range(5))  # 1, 2, 4, 8, 16
+TEXT = BEGINS + ENDS + CUT  # a row that is a text of its own
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer, whose working memory is about 100 times that
+PIECE = 32_768  # characters of a document in a row: a thousand rows are in memory at a time
 
 def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool): remake what the cache holds
     """Return (train, validation): datasets.Dataset or None, `input_ids` of max_seq_length int32 each."""
+    if args.preprocessing_num_workers:  # the tokenizer is written in Rust, where threads share the work
+        os.environ["RAYON_NUM_THREADS"] = str(args.preprocessing_num_workers)  # read when it is first used
     files = {"train": args.train_file, "validation": args.validation_file}  # lists of paths, [] if not given
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}  # None: all chunks
     if args.evaluate_only:  # --do_eval without --do_train
         del files["train"]  # training text would be read for nothing
-    texts = load_named_dataset(args, list(files)) if args.dataset_name else {}  # split → one-column Dataset
-    schema = datasets.Features({"text": datasets.Value("large_string")})  # 64-bit offsets: texts of gigabytes
+    texts = load_named_dataset(args, list(files)) if args.dataset_name else {}  # split → rows
+    size = PIECE if ".txt" not in str(files).lower() or splits_at_lines(tokenizer) else math.inf  # inf: whole
+    schema = {"text": datasets.Value("large_string"), "part": datasets.Value("int8")}  # for gigabytes
     for split in [split for split in files if files[split]]:  # all files are read first: faults show early
-        kwargs = {"files": tuple(files[split]), "column": args.text_column}  # datasets would split up a list
-        texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # one text a row
+        kwargs = {"files": tuple(files[split]), "column": args.text_column,  # datasets would split up a list
+                  "sample_by": args.sample_by, "size": size}  # of .txt files
+        texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # rows
     chunks = {}  # split → Dataset of chunks
     for split in list(texts):  # list(): pop() shrinks texts in the loop
         packed = pack_split(split, texts.pop(split), tokenizer, args, rebuild)  # frees each after its use
@@ -1014,27 +966,29 @@ def load_named_dataset(args, wanted):  # wanted: names of splits, of which the f
         kind = getattr(kind, "dtype", type(kind).__name__)  # "int64" or "null" of a Value, else "List"
         die_if(kind not in ("string", "large_string"),  # numbers, lists, nulls, pictures
                f"{name}, split {split}: column {args.text_column!r} holds {kind}, not text: see --text_column")
-        splits[split] = rows.select_columns([args.text_column])  # other columns are not read from the disk
+        rows = rows.select_columns([args.text_column])  # other columns are not read from the disk
+        splits[split] = rows.add_column("part", np.full(len(rows), TEXT, np.int8))  # next to the text
     return splits  # memory-mapped: nothing is in memory so far
 
-# Dataset.from_generator with a switch to do it again; the key changes with files and generator's code.
 def cached(name, generator, kwargs, cache_dir, rebuild, features=None):  # → Dataset of generator(**kwargs)
     versions = [(getsize(path), os.stat(path).st_mtime_ns) for path in kwargs["files"]]  # in bytes and in ns
-    key = Hasher.hash((generator, kwargs, versions))  # names the folder in the cache
+    key = Hasher.hash((generator, kwargs, versions))  # names the folder; new for new files or code
     builder = Generator(config_id=f"{name}-{key}", generator=generator, gen_kwargs=kwargs,  # id: the folder's name
-                        split=name, cache_dir=cache_dir, features=features)  # None: as in the first rows
+                        split=name, cache_dir=cache_dir, features=features and datasets.Features(features))  # or found
     builder.download_and_prepare(download_mode="force_redownload" if rebuild else None)  # skipped when cached
     return builder.as_dataset(split=name)  # memory-mapped: read from the disk only where touched
 
-def read_texts(files, column):  # a generator: in memory is one row, or one JSON array
-    """Yield {"text": str or None} for every row, in order. Raises: SystemExit(2), with the place."""
+def read_texts(files, column, sample_by, size):  # a generator: in memory is one row, or one JSON array
+    """Yield {"text": str or None, "part": int} for each row, in order. Raises: SystemExit(2), with place."""
     rows = 0  # rows of all files so far, blank ones too
     for path in files:  # formats may be mixed
         kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # such as ".jsonl", also for x.jsonl.gz
-        reader = {".txt": read_lines, ".csv": read_csv}.get(kind, read_json)  # datasets would read NA as null
-        for place, row in reader(path):  # place (str) names file and line; datasets' errors do not
+        if kind == ".txt":  # the one format without columns
+            found = read_txt(path, column, sample_by, size)  # rows made of lines
+        else:  # datasets' own reader of CSV would take NA for null
+            found = read_csv(path) if kind == ".csv" else read_json(path)  # each row is a text
+        for place, row, part in found:  # place (str) names file and line; datasets' errors do not
             rows += 1  # an empty file is an error below
-            row = {column: row} if kind == ".txt" else row  # .txt is the one format without columns
             if not isinstance(row, dict):  # a bare string, number or list
                 die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # an example
             check_column(f"{path}, line 1" if kind == ".csv" else place, column, row)  # names may change
@@ -1044,7 +998,7 @@ def read_texts(files, column):  # a generator: in memory is one row, or one JSON
                     "choose another with --text_column, or put quotes around it")
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
                 die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")  # no UTF-8
-            yield {"text": text}  # one row of the cache; null counts as blank later
+            yield {"text": text, "part": part}  # one row of the cache; null counts as blank later
     die_if(not rows, f"{', '.join(files)}: no rows; check how it was written")  # a lone header, or []
 
 def read_lines(path):  # → (place, line); a line ends with \n; the file may be gzipped, and larger than memory
@@ -1064,7 +1018,29 @@ def read_lines(path):  # → (place, line); a line ends with \n; the file may be
         except (OSError, EOFError, gzip.zlib.error) as error:  # a bad disk; a .gz cut short, or none at all
             die(f"{path} cannot be read to its end: {error}")  # in the words of Linux or of gzip
 
-def read_csv(path):  # → (place, {column: str}); values in quotes may span lines
+def read_txt(path, column, sample_by, size):  # → (place, {column: str}, part) of a .txt file
+    document = sample_by == "document"  # comes in pieces of whole lines, about size characters each
+    text = ""  # the lines of a row
+    part = BEGINS if document else BEGINS + CUT  # ENDS is added to the last lines of a text
+    for place, line in read_lines(path):  # a line has its line break
+        blank = line.isspace()  # separates paragraphs
+        ends = {"line": True, "paragraph": blank, "document": len(text) > size and not blank}  # of rows
+        if text and ends[sample_by]:  # a row ends with the line before this one
+            yield place, {column: text}, part if document else part + ENDS  # the document goes on
+            text = ""  # the next row
+            part = 0 if document else part  # the second piece of a document begins no text
+        if not blank or sample_by != "paragraph":  # lines between paragraphs belong to none
+            text += line  # line breaks are text
+    if text:  # a file of paragraphs may end with a blank line
+        yield path, {column: text}, part + ENDS  # the last row
+
+def splits_at_lines(tokenizer):  # → bool: do the pieces of a document have the ids of the whole?
+    lines = ["One\n", "  two.\n\n", "\tthree \n", "4\n\n\n", "    five)\n", " six\n\n", "seven"]  # pieces
+    whole, *pieces = tokenizer(["".join(lines), *lines], add_special_tokens=False)["input_ids"]  # 8 lists
+    across = re.search("[\nĊ][^\nĊ\0]", "\0".join(tokenizer.get_vocab()))  # a token with a line break before a letter
+    return whole == sum(pieces, []) and not across  # Gemma has no such token; Ċ is how GPT-2 writes a line break
+
+def read_csv(path):  # → (place, {column: str}, part); values in quotes may span lines
     csv.field_size_limit(2**31 - 1)  # per cell; Python's own limit is 128 KiB
     rows = csv.reader((line for _, line in read_lines(path)), strict=True)  # strict: open quotes are errors
     try:  # csv.Error says what is wrong, rows.line_num where
@@ -1073,11 +1049,12 @@ def read_csv(path):  # → (place, {column: str}); values in quotes may span lin
             if row and len(row) != len(header):  # too many or too few cells: the text's is unknown
                 die(f"{path}, line {rows.line_num}: {len(row)} values, but the header "  # where the row ends
                     f"has {len(header)}; texts with commas or line breaks need double quotes around them")
-            yield f"{path}, line {rows.line_num}", dict(zip(header, row or [""] * len(header), strict=True))  # or blank
+            cells = dict(zip(header, row or [""] * len(header), strict=True))  # an empty line is a blank row
+            yield f"{path}, line {rows.line_num}", cells, TEXT  # the line where the row ends
     except csv.Error as error:  # a quote left open, or text behind a closed one
         die(f"{path}, line {rows.line_num}: broken CSV: {error}")  # "unexpected end of data": an open quote
 
-def read_json(path):  # → (place, value) of each line of JSON, or of each item of one JSON array
+def read_json(path):  # → (place, value, part) of each line of JSON, or of each item of one JSON array
     first = next((line for _, line in read_lines(path) if line.strip()), "")  # tells the two layouts apart
     array = first.lstrip().startswith("[")  # an array is parsed whole: take lines for gigabytes
     text = array and "".join(line for _, line in read_lines(path))  # "" for lines, which are read one by one
@@ -1089,7 +1066,7 @@ def read_json(path):  # → (place, value) of each line of JSON, or of each item
             die(f"{place}: broken JSON: {getattr(error, 'msg', error)}; "  # in the words of Python's parser
                 "the file must hold one object a line or one array of objects")
         for item, value in enumerate(values if array or not part.strip() else [values], 1):  # counted from 1
-            yield f"{path}, item {item}" if array else place, value  # line numbers mean little in an array
+            yield f"{path}, item {item}" if array else place, value, TEXT  # lines mean little in an array
 
 def check_column(place, column, columns):  # place (str): where, for the sentence; columns: all names
     if column not in columns:  # misspelt, or the default "text" that the data lacks
@@ -1097,55 +1074,95 @@ def check_column(place, column, columns):  # place (str): where, for the sentenc
         die(f"{place}: no column {column!r}{did_you_mean(column, names)}; "  # the nearest name is suggested
             f"columns: {', '.join(names) or 'none'}; choose one with --text_column")
 
-def pack_split(split, rows, tokenizer, args, rebuild):  # prints one line of report for the split
-    """Tokenize and pack rows (a Dataset of one column), report what became of them. Returns: Dataset of chunks."""
-    recipe = (tokenize_texts, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), args.add_eos)  # fixes every id
+def special_ids(tokenizer, add_eos):  # → (ids before each text, ids behind it): [~2] and [] for Gemma
+    ids = tokenizer.encode("a")  # with all that this tokenizer adds
+    start = [~token for token in ids[:1] if token == tokenizer.bos_token_id]  # [] if it puts no BOS there
+    return start, [tokenizer.eos_token_id] * (add_eos or ids[-1] == tokenizer.eos_token_id)  # some always do
+
+def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of report for the split, and notes
+    """Tokenize and pack rows (a Dataset of text and part); report what became of them. Returns: Dataset."""
+    start, end = special_ids(tokenizer, args.add_eos)  # lists of ids
+    recipe = (tokenize_texts, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), start, end)  # of all ids
     key = Hasher.hash(recipe)  # hashing the tokenizer object would take four seconds
     folder = os.path.expanduser(args.cache_dir or datasets.config.HF_DATASETS_CACHE)  # data may be read-only
-    size = TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes)  # rows with 1 MB of text, on average
+    kinds = {"input_ids": datasets.List(datasets.Value("int32")), "part": datasets.Value("int8")}  # columns
     tokenized = rows.map(  # a batch at a time: memory stays flat
         tokenize_texts, desc=f"Tokenizing {split}",  # a batch of texts → a batch of lists of ids
-        fn_kwargs={"tokenizer": tokenizer, "eos": [tokenizer.eos_token_id] * args.add_eos},  # eos ends a text
-        input_columns=rows.column_names, remove_columns=rows.column_names,  # only ids are kept
-        batched=True, batch_size=max(1, min(1000, size)),  # a batch uses all cores; long texts make it small
-        features=datasets.Features({"input_ids": datasets.List(datasets.Value("int32"))}),  # 4 bytes an id
-        num_proc=args.preprocessing_num_workers, load_from_cache_file=not rebuild,  # None: no extra process
-        cache_file_name=join(folder, f"tokenized-{key}.arrow"), new_fingerprint=key)  # found again by the key
-    die_if(not len(tokenized), f"the {split} data holds no text: all {len(rows):,} rows are blank")  # or null
+        fn_kwargs={"tokenizer": tokenizer, "start": start, "end": end},  # the same for all batches
+        input_columns=rows.column_names, remove_columns=rows.column_names,  # the text is not kept
+        batched=True, batch_size=max(1, min(1000, TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes))),  # 1 MB
+        features=datasets.Features(kinds), load_from_cache_file=not rebuild,  # 4 bytes an id
+        new_fingerprint=key, cache_file_name=join(folder, f"tokenized-{key}.arrow"))  # found again by the key
+    read = (rows.data.column("part").to_numpy() & BEGINS).sum()  # texts: the pieces of a document are one
+    die_if(not len(tokenized), f"the {split} data holds no text: all {read:,} rows are blank")  # or null
     length = args.max_seq_length  # T, the tokens of a chunk
-    sizes = pc.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each text, int32
-    kept = sizes if args.no_truncation else sizes.clip(max=length)  # tokens of each text that are packed
+    cut = CUT * (not args.no_truncation)  # in the part of rows that are cut
+    part = tokenized.data.column("part").to_numpy()  # of each row that is not blank
+    sizes = pc.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each row, int32
+    kept = np.where(part & cut, sizes.clip(max=length), sizes)  # tokens of each row that are packed
     total = kept.sum()  # numpy adds int32 up in 64 bits
     lost = sizes.sum() - total  # tokens that truncation takes away
-    log0(f"{split}: {len(rows):,} rows read, {len(rows) - len(tokenized):,} blank skipped, "  # no silent loss
-         f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept = "
-         f"{total // length:,} chunks of {length:,} + {total % length:,} tokens dropped at the end")
+    die_if(total < length,  # text for less than one chunk
+           f"the {split} data has {total:,} tokens, {length - total:,} too few for one chunk of {length:,}: "
+           f"add text, or give --max_seq_length {total} or less")
+    kwargs = {"files": (tokenized.cache_files[0]["filename"],), "length": length, "cut": cut, "bos": start}  # key
+    chunks = cached(f"{split}_chunks", group_texts, kwargs, args.cache_dir, rebuild)  # of int32 ids
+    added = pc.sum(chunks.data.column("added")).as_py()  # BOS before chunks that begin inside a text
+    log0(f"{split}: {read:,} rows read, {read - (part & BEGINS).sum():,} blank skipped, "  # no silent loss
+         f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept + {added:,} BOS "
+         f"before chunks = {len(chunks):,} chunks of {length:,} + {total + added - len(chunks) * length:,} "
+         "tokens dropped at the end")
+    bos, eos = ((part & had > 0).sum() for had in (HAD_BOS, HAD_EOS))  # texts with control words of their own
+    if bos or eos:  # written by another program
+        log0(f"note     {bos:,} {split} texts begin with BOS, {eos:,} end with EOS: none gets a second one")  # counted
     if lost > 0.2 * sizes.sum():  # long documents, of which only the beginnings are learnt
         log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: see --no_truncation")  # much
-    die_if(total < length,  # text for less than one chunk
-           f"the {split} data has {total:,} tokens, too few for one chunk of {length:,}: add text, or give "
-           f"--max_seq_length {total} or less")
-    files = tuple(file["filename"] for file in tokenized.cache_files)  # one for each process that tokenized
-    kwargs = {"files": files, "length": length, "truncate": not args.no_truncation}  # part of the cache's key
-    return cached(f"{split}_chunks", group_texts, kwargs, args.cache_dir, rebuild)  # chunks of int32 ids
+    return chunks.select_columns(["input_ids"])  # what is learnt from
 
-def tokenize_texts(texts, tokenizer, eos):  # called by datasets.map, maybe in several processes
-    """Map list[str or None] to {"input_ids": list[list[int]]}: BOS, text, eos (list[int]); no blank texts."""
-    texts = [text for text in texts if text and not text.isspace()]  # a blank text would be a lone BOS
-    ids = tokenizer(texts, return_attention_mask=False, verbose=False)["input_ids"] if texts else []  # ids of each text
-    return {"input_ids": [row + eos for row in ids]}  # not cut: that is for group_texts
+def tokenize_texts(texts, parts, tokenizer, start, end):  # called by datasets.map
+    """Map list[str or None], list[int] to {"input_ids": list[list[int]], "part": list[int]}; none blank."""
+    rows = [row for row in zip(texts, parts, strict=True)  # pairs of text and part
+            if row[0] and not (row[0].isspace() and row[1] | CUT == TEXT)]  # a blank piece has line breaks
+    texts = [text for text, _ in rows]  # without null
+    codes = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # without offsets
+    bos = tokenizer.bos_token_id  # 2 for Gemma
+    made = {"input_ids": [], "part": []}  # the columns of the result
+    for (_, part), code in zip(rows, codes, strict=True):  # a row at a time
+        ids = code.ids  # of the text alone
+        if bos in ids and bos != tokenizer.eos_token_id:  # <bos> stands in the text; an EOS would be learnt
+            ids = np.where(np.equal(ids, bos), np.invert(ids), ids).tolist()  # seen, not predicted
+        before = start * (part & BEGINS)  # [~2], or [] inside a document
+        behind = end * (part & ENDS > 0)  # [1] with --add_eos, else []
+        part += HAD_BOS * (ids[:1] == before != []) + HAD_EOS * (ids[-1:] == behind != [])  # for the report
+        made["input_ids"].append(before * (ids[:1] != before) + ids + behind * (ids[-1:] != behind))  # no second
+        made["part"].append(part)  # group_texts() looks for CUT
+    return made  # lists of equal length
 
-def group_texts(files, length, truncate):  # Arrow files of tokenized texts → chunks, without padding
-    """Concatenate all texts, or `length` ids of each at most; yield {"input_ids": int32 array (length,)}."""
-    tail = np.empty(0, dtype=np.int32)  # ids that are in no chunk yet: fewer than length
+def group_texts(files, length, cut, bos):  # Arrow files of tokenized texts → chunks, without padding
+    """Concatenate texts, `length` ids of those with cut in `part`; bos ([~id], []) begins chunks without it.
+    Yields: {"input_ids": int32 array (length,), "added": 1 if such a BOS was put before it, else 0}."""
+    tail = np.empty(0, np.int32)  # ids that are in no chunk yet: fewer than length
     for path in files:  # texts stay in their order
         with pa.OSFile(path) as source, pa.ipc.open_stream(source) as batches:  # streamed: memory stays flat
             for batch in batches:  # at most a thousand texts: 12 million ids take a fraction of a second
-                texts = pc.list_slice(batch["input_ids"], 0, length) if truncate else batch["input_ids"]  # lists of ids
+                long = pc.not_equal(pc.bit_wise_and(batch["part"], cut), 0)  # True for texts that may be cut
+                texts = pc.if_else(long, pc.list_slice(batch["input_ids"], 0, length), batch["input_ids"])  # lists
                 ids = np.concatenate([tail, texts.flatten().to_numpy()])  # texts end to end, behind the tail
-                whole = len(ids) // length * length  # ids that fill whole chunks
-                yield from ({"input_ids": chunk} for chunk in ids[:whole].reshape(-1, length))  # one row each
-                tail = ids[whole:]  # first in the next batch; in the end, what the report calls dropped
+                at = 0  # first of the ids that are in no chunk yet
+                while at < len(ids):  # a chunk at a time
+                    before = np.array(bos[:ids[at] not in bos], np.int32)  # [~2] inside a text, [] at its BOS
+                    chunk = np.concatenate([before, ids[at:at + length - len(before)]])  # may be too short
+                    if len(chunk) < length:  # to be filled by the next batch
+                        break  # to the tail
+                    yield {"input_ids": chunk, "added": len(before)}  # a row
+                    at += length - len(before)  # each id is in one chunk
+                tail = ids[at:]  # first in the next batch; in the end, what the report calls dropped
+
+def text_bytes(chunks, tokenizer):  # → UTF-8 bytes of the text that is predicted in a Dataset of chunks
+    parts = [part.flatten().to_numpy() for part in chunks.data.column("input_ids").chunks]  # memory-mapped
+    ids = np.concatenate(parts).reshape(len(chunks), -1)[:, 1:]  # nothing predicts a chunk's first token
+    text = tokenizer.decode(ids[ids >= 0], skip_special_tokens=True, clean_up_tokenization_spaces=False)  # exact
+    return len(text.encode())  # control words, such as EOS, have none
 
 def fingerprints(model, train, validation):  # → {"model", "train_data", "validation_data": SHA-256}
     odd = ("transformers_version", "_name_or_path", "use_cache", "dtype")  # keys that change no result
@@ -1160,27 +1177,6 @@ def fingerprints(model, train, validation):  # → {"model", "train_data", "vali
     return {name: digest.hexdigest()[:16] for name, digest in sums.items()}  # 16 hex digits: 64 bits
 
 # ── Training ───────────────────────────────────────────────────────────────────────────────────────
-PEAKS = {  # dense 16-bit TFLOP/s that the makers state; the first entry found in the device's name counts
-    "H100 PCIe": 756, "H100 NVL": 835, "H100": 989, "H200 NVL": 835, "H200": 989, "GH200": 989,  # of Hopper
-    "A100": 312, "A40": 149.7, "RTX A6000": 155, "RTX 3090": 71,  # Ampere; an RTX A4000 is no A40
-    "L40S": 362, "L4": 121, "RTX 4090": 165, "V100": 125, "T4": 65}  # Ada, Volta, Turing
-
-def peak_flops(args):  # TrainingArguments → 16-bit FLOP/s of all devices; 0 if unlisted, on a CPU, in float32
-    listed = args.device.type == "cuda" and args.mixed_precision != "no"  # the peaks are those of 16 bits
-    name = torch.cuda.get_device_name(args.device) if listed else ""  # such as "NVIDIA A40"
-    return args.world_size * 1e12 * next(  # in FLOP/s, the sum over all ranks
-        (PEAKS[part] for part in PEAKS if re.search(rf"\b{part}\b(?! Ti| D| Laptop)", name)), 0)  # whole words
-
-def flops_per_token(model, length):  # FLOPs of training on a token of a chunk: 6 a weight, and attention
-    config = model.config.get_text_config()  # the formula is that of PaLM's appendix B (arXiv:2204.02311)
-    width = getattr(config, "head_dim", config.hidden_size // config.num_attention_heads)  # 256 for Gemma 3
-    kinds = getattr(config, "layer_types", None) or [""] * config.num_hidden_layers  # 15 sliding, 3 full
-    windows = {"sliding_attention": config.sliding_window or length}  # 512 tokens; elsewhere the whole chunk
-    seen = [min(length, windows.get(kind, length)) for kind in kinds]  # tokens each layer can look back
-    back = sum(window - window * (window - 1) / 2 / length for window in seen)  # mean over tokens, all layers
-    lookup = (not config.tie_word_embeddings) * config.vocab_size * config.hidden_size  # rows are only read
-    return 6 * (model.num_parameters() - lookup) + 12 * width * config.num_attention_heads * back  # 1.73e9 for 270M
-
 class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its own callback, for on_save()
     """The Trainer with honest numbers, a guard against NaN, a stop at signals, and checkpoints made whole."""
     def __init__(self, run, resume, **named):  # named: for the Trainer
@@ -1239,23 +1235,18 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
 
     def log(self, logs, *rest):  # every number passes here, on its way to console, TensorBoard and JSON
         step = self.state.global_step  # optimizer steps made when the line is written
-        if "eval_loss" in logs:  # the numbers of an evaluation
-            logs["eval_perplexity"] = math.exp(min(logs["eval_loss"], 700))  # exp(710) would overflow a float
         if "learning_rate" in logs:  # a line of training: the Trainer has just waited for the device
             loss, tokens = self.totals()  # since the last line
             self.sums.zero_()  # the next line counts from here
             speed = (self.tokens - self.before) / max(time.time() - self.logged, 1e-9)  # of all ranks
             seconds = time.time() - self.began  # of this call, evaluations and checkpoints included
             left = (self.state.max_steps - step) * seconds / max(step - self.first, 1)  # seconds to go
-            resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # bytes: ru_maxrss is in KiB
-            memory = torch.cuda.max_memory_allocated() or resident  # bytes, the peak so far; 0 without a GPU
+            memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # B
             logs |= {"loss": loss / tokens,  # a mean over tokens: a short step counts for less
                      "tokens_per_second": round(speed), "tokens_seen": self.tokens,  # by all ranks
                      "peak_memory_gb": round(memory / 1e9, 2),  # near the GPU's size: time for REMEDIES
                      "seconds": round(self.earlier + seconds, 1),  # of training, by all calls
                      "minutes_left": round(left / 60, 1)}  # at the pace of this call
-            if peak := peak_flops(self.args):  # only for a GPU that PEAKS lists
-                logs["mfu"] = round(speed * flops_per_token(self.model, self.length) / peak, 3)  # share of the peak
             self.start_stopwatch()  # the next line's speed begins here
         if "train_loss" in logs:  # after the last step: numbers of all calls together
             start = time.time() - self.lines()[-1]["seconds"]  # as if all calls were one
@@ -1266,19 +1257,22 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
 
     def evaluate(self, *rest, **named):  # leaves dropout's random state as it was
         with torch.random.fork_rng(devices=[]):  # the data loader draws a random number
-            metrics = super().evaluate(*rest, **named)  # log() has added the perplexity
+            metrics = super().evaluate(*rest, **named)  # eval_loss and more, from compute_metrics
         self.start_stopwatch()  # an evaluation is no time of training
-        return metrics | {"perplexity": metrics["eval_perplexity"]}  # as transformers' own scripts name it
+        return metrics | {name: metrics["eval_" + name] for name in ("perplexity", "bits_per_byte")}  # as run_clm
 
-    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # → None, losses (B,), (B,)
-        ids = self._prepare_inputs(inputs)["input_ids"]  # (B, T), int64, on the device
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # → None, (B,), (B,)
+        inputs = self._prepare_inputs(inputs)  # {"input_ids", "labels"}: (B, T), int64, on the device
+        learnt = (inputs["labels"][:, 1:] != -100).sum(1)  # (B,): predicted tokens of each chunk
         with torch.no_grad():  # accelerate has put autocast into the model
-            result = model(input_ids=ids, labels=ids)  # labels are the inputs; the model shifts them
+            result = model(**inputs)  # the model shifts the labels
             if "token_losses" in result:  # our loss: (B, T - 1), one of each token
-                losses = result["token_losses"].mean(1)  # (B,): the mean loss of each chunk
-            else:  # a model's own loss is the mean of a batch: one chunk at a time
-                losses = torch.stack([model(input_ids=row[None], labels=row[None]).loss.float() for row in ids])  # (B,)
-        return None, losses, losses  # the Trainer gathers them and drops chunks that filled up a batch
+                losses = result["token_losses"].sum(1)  # (B,): of each chunk
+            else:  # a model with a loss of its own, which may hold more than cross entropy
+                scores = result.logits[:, :-1].float().transpose(1, 2)  # (B, V, T - 1)
+                cross_entropy = torch.nn.CrossEntropyLoss(reduction="none")  # 0 where the label is -100
+                losses = cross_entropy(scores, inputs["labels"][:, 1:]).sum(1)  # (B,): of each chunk
+        return None, losses, learnt  # the Trainer gathers them and drops chunks that filled up a batch
 
     def on_save(self, args, state, control, **_):  # publishes what the Trainer has written into .staging
         draft = join(args.output_dir, f"checkpoint-{state.global_step}")  # args.output_dir is .staging
@@ -1313,14 +1307,20 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
             args.eval_delay *= epoch_steps if kind == "eval" else 1  # --eval_delay: from epochs to steps
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)  # predict the next token
     def collate(rows):  # rows → a batch: input_ids and labels (B, T), int64; on the CPU, while the GPU works
-        batch = collator([row["input_ids"] for row in rows])  # the collator's labels lack the pad token
-        return batch | {"labels": batch["input_ids"]}  # no padding here, and pad may be EOS: learn every id
+        ids = collator([row["input_ids"] for row in rows])["input_ids"]  # its labels lack pad, perhaps EOS
+        return {"input_ids": torch.where(ids < 0, ~ids, ids), "labels": ids.masked_fill(ids < 0, -100)}  # ~id
+    size = validation and text_bytes(validation, tokenizer)  # of the text that an evaluation predicts
+    def scores(seen):  # predictions, label_ids: (chunks,) sums of losses, and predicted tokens, of each chunk
+        nats = seen.predictions.sum(dtype=float)  # -log p of all that is predicted
+        loss = nats / seen.label_ids.sum()  # each token counts once
+        bits = nats / math.log(2) / size  # for each byte of text: comparable between tokenizers
+        return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}  # exp(710) overflows
     args.accelerator_config.non_blocking = args.dataloader_pin_memory  # a GPU works while a batch is copied
     trainer = FineTuner(  # train() makes optimizer and schedule
         run, resume, model=model, args=args, data_collator=collate, processing_class=tokenizer,  # saved in each model
         train_dataset=train and train.with_format("torch"),  # tensors: lists of numbers take long to stack
         eval_dataset=validation and validation.with_format("torch"),  # None: no evaluation
-        compute_metrics=lambda seen: {"loss": seen.predictions.mean()})  # the mean of equally long chunks
+        compute_metrics=scores)  # called at the end of an evaluation
     ddp = trainer.accelerator.ddp_handler  # settings of DistributedDataParallel
     warnings.filterwarnings("ignore", ".*broadcast_buffers")  # torch renames what the Trainer sets for us
     ddp.gradient_as_bucket_view = True  # gradients live in the buckets that they are sent from: 1.07 GB less
@@ -1330,16 +1330,15 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
     use_lean_norms(model)  # the same values in less memory
     with trainer.accelerator.autocast():  # the trials run in the dtypes of the training
         use_windowed_attention(model)  # on a GPU
-        plain = use_chunked_loss(model, alone=args.world_size == 1)  # False: its own loss is in use
+        plain = use_chunked_loss(model)  # False: its own loss is in use
         if compiler := train and run.settings["torch_compile"]:  # asked for; evaluations run uncompiled
             if args.activation_checkpointing:  # as the Trainer will do it: else the trial might not fit
-                options = dict(args.activation_checkpointing_kwargs or {})  # of torch.utils.checkpoint
-                kept = options.keys() - {"every_n_layers", "offload"}  # two that the Trainer takes out
-                model.activation_checkpointing_enable({name: options[name] for name in kept} or None)  # None: defaults
+                options = (args.activation_checkpointing_kwargs or {}).items()  # of torch.utils.checkpoint
+                options = {key: value for key, value in options if key not in ("every_n_layers", "offload")}  # others
+                model.activation_checkpointing_enable(options or None)  # None: defaults
             log0("Compiling the layers: this takes a minute or two.")  # else a long silence
-            batch = min(args.train_batch_size, len(train))  # B, chunks of a forward pass
-            trial = (compile_layers, model, plain, batch, trainer.length, compiler)  # passed to tried()
-            trainer.compiled = tried("torch.compile", *trial)  # the plan says so
+            shape = (min(args.train_batch_size, len(train)), trainer.length)  # B, T
+            trainer.compiled = tried("torch.compile", compile_layers, model, plain, *shape, compiler)  # worked?
     if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
         again = train and (resume.state.global_step + 1 if resume.path else 0)  # first step to be logged anew
         writer = torch.utils.tensorboard.SummaryWriter(join(run.output_dir, "runs"), purge_step=again)  # one curve
@@ -1353,12 +1352,10 @@ def print_plan(args, training_args, trainer, train, validation):  # what is abou
     model = trainer.model  # on its device, with its attention
     world = training_args.world_size  # processes on all machines
     dtype = f"{training_args.mixed_precision} autocast".replace("no autocast", "float32")  # dtype of products
-    peak = peak_flops(training_args) / 1e12  # TFLOP/s of all devices; 0 on a CPU
-    mfu = f"; MFU against {peak:,.0f} TFLOP/s" * bool(peak)  # only the plan states the peak
     size = model.num_parameters()  # a tied head counts once
     log0(f"model    {args.model_name_or_path}, {size:,} parameters in float32, "  # the master weights
          f"{model.config._attn_implementation} attention{', layers compiled' * trainer.compiled}",
-         f"device   {training_args.device.type}, {world} process{'es' * (world > 1)}, {dtype}{mfu}")
+         f"device   {training_args.device.type}, {world} process{'es' * (world > 1)}, {dtype}")
     if train is not None:  # --do_eval alone has no plan of steps
         used = len(train)  # chunks of an epoch
         a_pass = training_args.train_batch_size * world  # chunks of a forward pass of all ranks
@@ -1384,22 +1381,26 @@ def print_plan(args, training_args, trainer, train, validation):  # what is abou
         if free < needed:  # limit + 1: the oldest goes once the newest is there
             log0(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in "  # for limit + 1 of them
                  f"{args.output_dir}, where {free / 1e9:.2g} GB are free: see --save_total_limit")
-    log0(f"output   {args.output_dir} (tensorboard --logdir {join(args.output_dir, 'runs')})")  # the curves
+    bos, eos = ("with" + "out" * (not ids) for ids in special_ids(trainer.processing_class, args.add_eos))  # words
+    log0(f"data     texts begin {bos} BOS, end {eos} EOS (--add_eos)",  # without EOS a model learns no end
+         f"output   {args.output_dir} (tensorboard --logdir {join(args.output_dir, 'runs')})")  # the curves
 
 def save_results(trainer, split, metrics):  # a table, {split}_results.json, and a part of all_results.json
     trainer.log_metrics(split, metrics)  # rank 0 prints a table
     trainer.save_metrics(split, metrics)  # into .staging; with --do_eval alone into output_dir
-
-def train_and_save(trainer, run, resume):  # train, evaluate, publish; a kill anywhere in here costs nothing
+def train_and_save(trainer, run, resume, dtype):  # train, evaluate, publish; a kill anywhere costs nothing
     metrics = trainer.train(resume_from_checkpoint=resume.path).metrics  # a signal may end the run in here
     run.signals.in_training = False  # from here on a signal ends the run at once
     if signalled := run.ranks.max(run.signals.received):  # a signal came after the last step, on some rank
         run.signals.leave(signalled, " after the last step")  # the same command makes the finished model
     staging = trainer.args.output_dir  # a kill leaves no half model in output_dir
     trainer.model.config.use_cache = True  # for config.json: training needs no cache, generation does
-    trainer.save_model()  # model.safetensors, config.json, tokenizer
+    for weight in trainer.model.parameters():  # the finished model is as large as its base
+        weight.data = weight.data.to(dtype).float()  # rounded; checkpoints keep all digits
     if trainer.eval_dataset is not None:  # has the model learnt, or memorized?
         save_results(trainer, "eval", trainer.evaluate())  # of the weights that are published
+    trainer.model.to(dtype)  # loses nothing any more
+    trainer.save_model()  # model.safetensors, config.json, tokenizer
     save_results(trainer, "train", metrics)  # speed and loss of all calls
     if run.ranks.rank == 0:  # rank 0 writes and renames for all
         keep = {trainer.state.best_model_checkpoint, run.chosen}  # never deleted, however old
@@ -1481,7 +1482,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         if args.evaluate_only:  # --do_eval without --do_train
             save_results(trainer, "eval", trainer.evaluate())  # loss and perplexity of the given model
         else:  # every other call trains
-            train_and_save(trainer, run, resume)  # ends with the finished model in output_dir
+            train_and_save(trainer, run, resume, getattr(torch, args.save_dtype))  # into output_dir
     except Exception as error:  # die() raises SystemExit, which is no Exception
         explain(error, training_args, run)  # in a sentence, if the user can mend it
         raise  # unexplained: Python prints the traceback
@@ -1495,6 +1496,5 @@ if __name__ == "__main__":  # python main.py, accelerate launch main.py
     finally:  # Python's own end follows, in which nothing may raise, and which waits for living helpers
         for number in (signal.SIGCHLD, *STOPS):  # torch complains about killed loaders; a signal now just kills
             signal.signal(number, signal.SIG_DFL)  # the answer of Linux
-        managers = [helper for helper in multiprocess.active_children() if not helper.daemon]  # of datasets' pools
-        for helper in multiprocessing.active_children() + managers:  # data loaders are deaf to SIGTERM
-            helper.kill()  # SIGKILL: a helper has nothing to lose
+        for loader in multiprocessing.active_children():  # deaf to SIGTERM
+            loader.kill()  # SIGKILL: a data loader has nothing to lose

@@ -17,7 +17,6 @@ import importlib.util
 import json
 import os
 import platform
-import re
 import subprocess
 import sys
 import tempfile
@@ -29,6 +28,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
 import throughput  # noqa: E402  the model, the text, the children, the stopwatch
+from mfu import peak_of  # noqa: E402
 
 NEEDED = ("torch", "pytest", "transformers", "datasets", "accelerate", "tokenizers", "tensorboard")
 SHOWN = (*NEEDED, "triton", "trl", "liger-kernel")
@@ -249,8 +249,7 @@ def speeds(args):
     args.batch = max(args.batches)  # of the text that prepare() makes
     device = throughput.ask("probe", args)[0]["device"]
     facts, _ = throughput.ask("prepare", args)
-    peak = next((tera for part, tera in facts["peaks"].items() if re.search(rf"\b{part}\b", device)), None)
-    facts["peak"] = peak if args.gpu else None
+    facts["peak"] = peak_of(device) if args.gpu else 0
     results = measure_all(args, facts)
     against = f"MFU: {facts['flops'] / 1e9:.2f} GFLOP a token, against {facts['peak']} TFLOP/s."
     note("", f"{facts['parameters'] / 1e6:.0f} M weights; {args.steps} steps, the first {args.warmup} not timed. Peak: "

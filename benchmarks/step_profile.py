@@ -5,7 +5,7 @@
 Times are of the device that computes: the GPU's where there is one, else the CPU's. Of eight steps or more the first
 quarter is left out, the second is timed without the profiler, one is the profiler's own warm-up, and the last one,
 which writes a log line, is left out again; of fewer steps only the first. On a GPU take `--steps 20`: told are also the
-kernels that take most, how many are launched, what the host waits for, and, if main.py knows the GPU's peak, the MFU.
+kernels that take most, how many are launched, what the host waits for, and, if mfu.py knows the GPU's peak, the MFU.
 
 A kernel belongs to the operation of the CPU that launched it, and that to a part by its name, by those of its
 callers, and by its shapes. In compiled layers Triton's kernels are told from the products and the attention between
@@ -25,6 +25,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 
 import throughput  # noqa: E402  its model, text and command line
+from mfu import flops_per_token, peak_flops  # noqa: E402
 
 HEAD = set()  # what has one of these sizes belongs to the head: the words, and those that main.py takes at a time
 PRODUCT = re.compile(r"aten::_?(scaled_)?(mm|addmm|bmm|baddbmm|linear|matmul)_?\b|triton_tem_")  # beginnings of names
@@ -184,8 +185,8 @@ def profile(argv, args):
         step = (clock[skipped + timed] - clock[skipped]) / timed  # seconds
         busy = f"; the GPU computes for {total / recorded / step:.1%} of that" * gpu
         print(f"- without the profiler: {step:.4f} s a step, {tokens / step:,.0f} tokens/s{busy}")
-        if peak := trainer.peak_flops(made[0].args):  # FLOP/s
-            flops = trainer.flops_per_token(made[0].model, args.length)
+        if peak := peak_flops(made[0].args):  # FLOP/s
+            flops = flops_per_token(made[0].model, args.length)
             print(f"- MFU: {tokens / step * flops / peak:.1%}, {flops / 1e9:.2f} GFLOP a token against "
                   f"{peak / 1e12:,.0f} TFLOP/s; {tokens * recorded * flops / peak / total:.1%} while it computes")
     if gpu:

@@ -7,9 +7,9 @@
     liger   as plain, with --use_liger_kernel (needs a GPU)
     ours    python main.py, the command line that a user types
 
-All train the same chunks in the same order, float32 weights under bfloat16 autocast, with the same batch, learning rate
-and optimizer, no gradient checkpointing, a log line a step. The model has the shape of Gemma 3 270M and random weights,
-as speed does not depend on what the weights are; --model takes a real one.
+All train the same chunks in the same order, with the same labels (none for BOS), float32 weights under bfloat16
+autocast, with the same batch, learning rate and optimizer, no gradient checkpointing, a log line a step. The model is a
+random one in the shape of Gemma 3 270M, as speed does not depend on what the weights are; --model takes a real one.
 
 The stopwatch is outside: every run is a fresh process, whose log lines this one times, and of whose largest memory it
 asks the kernel at the end. So all are measured alike, and main.py knows nothing of it. The trainers take turns, in
@@ -35,6 +35,8 @@ import threading
 import time
 from pathlib import Path
 from statistics import median
+
+from mfu import flops_per_token, peak_of  # beside this file
 
 HERE = Path(__file__).resolve().parent
 NAMES = ("plain", "trl", "liger", "ours")
@@ -94,8 +96,7 @@ def prepare(args):
     chunks, _ = main.load_and_prepare_dataset(main.parse_args(command_line(args)[1:]), tokenizer)
     chunks.save_to_disk(f"{args.work}/chunks")
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model))
-    size = model.num_parameters()
-    return {"parameters": size, "flops": main.flops_per_token(model, args.length), "peaks": main.PEAKS}
+    return {"parameters": model.num_parameters(), "flops": flops_per_token(model, args.length)}
 
 
 def command_line(args):
@@ -110,6 +111,17 @@ def command_line(args):
     ]]  # fmt: skip
 
 
+def label(batch):
+    """Give chunks what run_clm.py's group_texts ends with: labels, and the mask that its tokenizer made.
+
+    main.py's chunks hold ~id for BOS, which is seen but never predicted: it gets no label here either.
+    """
+    chunks = batch["input_ids"]
+    ids = [[~token if token < 0 else token for token in chunk] for chunk in chunks]
+    labels = [[-100 if token < 0 else token for token in chunk] for chunk in chunks]
+    return {"input_ids": ids, "attention_mask": [[1] * len(chunk) for chunk in chunks], "labels": labels}
+
+
 def train(args):
     """Train with one of the peers, and save the model as run_clm.py does. Returns: the GPU's peak memory, if any."""
     import datasets
@@ -122,20 +134,15 @@ def train(args):
         "learning_rate": 2e-5, "weight_decay": 0.01, "warmup_steps": 0, "logging_steps": 1, "save_strategy": "no",
         "report_to": "none", "disable_tqdm": True, "bf16": True, "use_cpu": not torch.cuda.is_available(),
     }  # fmt: skip
-    chunks = datasets.load_from_disk(f"{args.work}/chunks").take(args.batch * args.steps)
+    chunks = datasets.load_from_disk(f"{args.work}/chunks").take(args.batch * args.steps).map(label, batched=True)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
     if args.child == "trl":
         from trl import SFTConfig, SFTTrainer
 
         options |= {"max_length": args.length, "packing": False, "gradient_checkpointing": False}
+        chunks = chunks.remove_columns("attention_mask")  # the collator makes one; labels that are there stay as is
         trainer = SFTTrainer(model=model, args=SFTConfig(**options), train_dataset=chunks)
     else:
-
-        def label(batch):  # run_clm.py's group_texts ends like this, with the mask that its tokenizer made
-            ids = batch["input_ids"]
-            return {"input_ids": ids, "attention_mask": [[1] * len(row) for row in ids], "labels": ids.copy()}
-
-        chunks = chunks.map(label, batched=True)
         arguments = TrainingArguments(**options, use_liger_kernel=args.child == "liger")
         trainer = Trainer(model=model, args=arguments, train_dataset=chunks, data_collator=default_data_collator)
     trainer.train()
@@ -301,8 +308,7 @@ def compare(args):
         setattr(args, name, getattr(args, name) or usual)
     args.rounds, args.warmup = 1 if args.quick else args.rounds, max(1, args.steps // 5)
     facts, _ = ask("prepare", args)
-    peak = next((tera for part, tera in facts["peaks"].items() if re.search(rf"\b{part}\b", machine["device"])), None)
-    facts |= {"import": 0 if args.gpu else base, "peak": peak if args.gpu else None}
+    facts |= {"import": 0 if args.gpu else base, "peak": peak_of(machine["device"]) if args.gpu else 0}
     free = int(re.search(r"MemAvailable: +(\d+) kB", Path("/proc/meminfo").read_text())[1]) * 1024 / 1e9
     limit = None if args.gpu else args.memory or free  # so that the kernel has no reason to kill anybody
 
@@ -326,7 +332,8 @@ def compare(args):
         f"State: weights, gradients and Adam's moments in float32, {16 * facts['parameters'] / 1e9:.2f} GB{imports}.",
         f"The losses of the first step {'agree within' if agree else 'DIFFER by more than'} {TOLERANCE}.",
     ]
-    lines += [f"MFU: {facts['flops'] / 1e9:.2f} GFLOP a token, against {peak:,} TFLOP/s."] if facts["peak"] else []
+    if facts["peak"]:
+        lines += [f"MFU: {facts['flops'] / 1e9:.2f} GFLOP a token, against {facts['peak']:,} TFLOP/s."]
     print("", *lines, sep="\n")
     Path(args.output or os.devnull).write_text("\n".join(lines) + "\n", encoding="utf-8")
     return int(not agree or any("exit status" in row.get("failed", "") for rows in results.values() for row in rows))

@@ -2,7 +2,7 @@
 
     python examples/quickstart.py weights quickstart/gemma-3-270m    the real base model, as a model directory
     python examples/quickstart.py text quickstart                    train.jsonl and validation.jsonl
-    python examples/quickstart.py report quickstart                  perplexity and a sample, before and after
+    python examples/quickstart.py report quickstart                  two measures and a sample, before and after
 
 Each does its work once. What it makes appears under its final name by a rename, the last thing that happens, so a file
 or directory that is there is whole, and a command that was stopped half-way can simply be given again.
@@ -14,6 +14,7 @@ import hashlib
 import importlib
 import importlib.metadata
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -168,14 +169,13 @@ def squeeze(paragraph):
 
 
 def report(directory):
-    """Print perplexity and a sample, before and after."""
+    """Print perplexity, bits per byte and a sample, before and after."""
     said = judged(directory)
-    before, after = (said[when]["perplexity"] for when in ("before", "after"))
-
-    print(f"      Perplexity of the held-out chapters, each read whole   {before:.1f} -> {after:.1f}", end="   ")
-    print(f"({1 - after / before:.0%} lower)")
-    print("      (The evaluations above are of chunks, of which most begin inside a chapter, without Gemma's <bos>:")
-    print("      to begin so is most of what their perplexity has learnt.)")
+    print("      The held-out chapters, each read whole behind <bos>   before      after")
+    for name, digits in (("perplexity", 2), ("bits per byte", 4)):
+        before, after = (said[when][name.replace(" ", "_")] for when in ("before", "after"))
+        print(f"      {name:51} {before:8.{digits}f} -> {after:7.{digits}f}   ({1 - after / before:.1%} lower)")
+    print("      (The evaluations above read the same chapters in chunks of 512 tokens, and so with less to go by.)")
     print(f'\n      Asked to go on from "{PROMPT}", a chapter it has never seen, the model wrote')
     for when in ("before", "after"):
         indent = " " * 15
@@ -187,19 +187,23 @@ def report(directory):
 
 
 def judged(directory):
-    """Return {"before": {"text", "perplexity"}, "after": …}: what each model writes, and how well it reads.
+    """Return {"before": {"text", "perplexity", "bits_per_byte"}, "after": …}: what each writes, how well it reads.
 
-    text goes on from PROMPT, always with the likeliest word. perplexity is exp(mean loss of all tokens) over the
-    held-out chapters, each whole and behind its own <bos>; transformers alone computes it.
+    text goes on from PROMPT, always with the likeliest word. The two measures are of the held-out chapters, each whole
+    and behind its own <bos>, by transformers alone: exp(mean loss of all tokens), and the sum of these losses in bits
+    ÷ the bytes of the text in UTF-8.
     """
     kept, trained = directory / "judged.json", directory / "model" / "model.safetensors"
     if kept.exists() and kept.stat().st_mtime >= trained.stat().st_mtime:
-        return json.loads(kept.read_text(encoding="utf-8"))
+        said = json.loads(kept.read_text(encoding="utf-8"))
+        if "bits_per_byte" in said["after"]:  # else of an earlier version of this script
+            return said
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     rows = (directory / "validation.jsonl").read_text(encoding="utf-8").splitlines()
     chapters = [json.loads(row)["text"] for row in rows]
+    size = sum(len(chapter.encode()) for chapter in chapters)
     said = {}
     for when, name in (("before", "gemma-3-270m"), ("after", "model")):
         tokenizer = AutoTokenizer.from_pretrained(directory / name)
@@ -207,7 +211,8 @@ def judged(directory):
         tokens = model.generate(**tokenizer(PROMPT, return_tensors="pt"), max_new_tokens=40, do_sample=False)
         losses = torch.cat([token_losses(model, tokenizer(chapter)["input_ids"]) for chapter in chapters])
         said[when] = {"text": squeeze(tokenizer.decode(tokens[0], skip_special_tokens=True)),
-                      "perplexity": losses.mean().exp().item()}  # fmt: skip
+                      "perplexity": losses.mean().exp().item(),
+                      "bits_per_byte": losses.sum().item() / math.log(2) / size}  # fmt: skip
     replace_with(kept, json.dumps(said, indent=1))
     return said
 

@@ -45,6 +45,7 @@ from helpers import (  # noqa: E402
     Server,
     copy_of_the_repository,
     finish,
+    in_child,
     manual,
     need,
     quickstart_in,
@@ -134,17 +135,37 @@ config = Gemma3TextConfig(
     head_dim=32, intermediate_size=128, sliding_window=32, max_position_embeddings=512,
     layer_types=["sliding_attention", "full_attention"], bos_token_id=2, eos_token_id=1, pad_token_id=0,
 )
-Gemma3ForCausalLM(config).to(torch.bfloat16).save_pretrained(sys.argv[1])
+Gemma3ForCausalLM(config).save_pretrained(sys.argv[1])
 tokenizer.save_pretrained(sys.argv[1])
 """
 
 
 @pytest.fixture(scope="session")
 def tiny():
-    """Directory of a Gemma 3 with 2 layers, hidden 64, 384 tokens, context 512, random bfloat16 weights."""
+    """Directory of a Gemma 3 with 2 layers, hidden 64, 384 tokens, context 512, random float32 weights.
+
+    What is trained from it is saved in float32, too, so that finished models can be compared to the last bit.
+    """
     folder = SCRATCH / "tiny"
     if not folder.exists():
         subprocess.run([sys.executable, "-c", MAKE_TINY, str(folder)], check=True, capture_output=True)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tiny_bf16(tiny):
+    """Directory of the same model in bfloat16, as Gemma is published."""
+    folder = SCRATCH / "tiny-bf16"
+
+    def convert():
+        import torch
+        from transformers import AutoModelForCausalLM
+
+        shutil.copytree(tiny, folder)
+        AutoModelForCausalLM.from_pretrained(tiny, dtype=torch.bfloat16).save_pretrained(folder)
+
+    if not folder.exists():
+        in_child(convert)
     return folder
 
 

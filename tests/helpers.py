@@ -166,25 +166,35 @@ def events(folder):
     return {tag: [(event.step, event.value) for event in loaded.Scalars(tag)] for tag in loaded.Tags()["scalars"]}
 
 
-def chunks_of(model_dir, path, length):
-    """The chunks of a .jsonl file, untruncated, by the plainest code."""
+def chunks_of(model_dir, path, length, behind=()):
+    """The chunks of a .jsonl file, untruncated, by the plainest code: each begins with BOS, its own or a text's.
+
+    behind: ids that end each text.
+    """
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
-    tokens = [token for line in open(path) for token in tokenizer(json.loads(line)["text"])["input_ids"]]
-    return [tokens[start : start + length] for start in range(0, len(tokens) - length + 1, length)]
+    left = [token for line in open(path) for token in [*tokenizer(json.loads(line)["text"])["input_ids"], *behind]]
+    chunks = []
+    while left:
+        if left[0] != tokenizer.bos_token_id:
+            left.insert(0, tokenizer.bos_token_id)
+        chunks.append(left[:length])
+        left = left[length:]
+    return [chunk for chunk in chunks if len(chunk) == length]
 
 
 def plain_loss(model_dir, chunks):
-    """Mean next-token loss over chunks, in float32, with nothing but transformers and torch's cross-entropy."""
+    """Mean loss of all tokens but BOS, in float32, with nothing but transformers and torch's cross-entropy."""
     import torch
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32).eval()
     with torch.no_grad():
         ids = torch.tensor(chunks)
+        labels = ids.masked_fill(ids == model.config.bos_token_id, -100)
         logits = model(ids).logits[:, :-1].flatten(0, 1)
-        return torch.nn.functional.cross_entropy(logits, ids[:, 1:].flatten()).item()
+        return torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), ignore_index=-100).item()
 
 
 # ── Running main.py ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -212,7 +222,7 @@ def run(*argv, env=None, cwd=None, prepare=None, signals=()):
                 status = run_as_script([str(text) for text in argv])
             finally:
                 signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-                end_helpers()
+                end_loaders()
                 sys.stdout.flush(), sys.stderr.flush()
                 os._exit(status)
         over = threading.Event()
@@ -237,11 +247,10 @@ def send(child, over, seconds, number):
         os.kill(child, number)
 
 
-def end_helpers():
-    """End data loaders and tokenizers as the interpreter does at its end, which os._exit leaves out."""
-    for name in ("multiprocessing.util", "multiprocess.util"):
-        if name in sys.modules:
-            sys.modules[name]._exit_function()
+def end_loaders():
+    """End data loaders as the interpreter does at its end, which os._exit leaves out."""
+    if "multiprocessing.util" in sys.modules:
+        sys.modules["multiprocessing.util"]._exit_function()
 
 
 def run_as_script(argv):

@@ -3,7 +3,8 @@
 Reads one JSON object a line: {"argv": […], "place": directory, "k": 0 for no kill, "seconds": null, or when it gets
 "signal", "fork": 0, or the number of its fork in which it gets "signal", "env": {…} or null, "limit": seconds after
 which it is ended and says where it was}. Answers with {"status", "out", "err", "pid", "changes", "orphans": the
-commands of processes that are still there two seconds after it}.
+commands of processes that are still there two seconds after it, or ten after a kill: a data loader of torch looks every
+five seconds whether its parent is there}.
 """
 
 import ctypes
@@ -25,9 +26,10 @@ library = ctypes.CDLL(os.environ["LD_PRELOAD"])
 ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER: orphans become our children
 
 
-def orphans():
-    """Wait up to two seconds for all children to end. Returns: [command line] of those that have not."""
-    for _ in range(40):
+def orphans(seconds):
+    """Wait so many seconds at most for all children to end. Returns: [command line] of those that have not."""
+    until = time.time() + seconds
+    while time.time() < until:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
                 pass
@@ -54,4 +56,5 @@ for line in sys.stdin:
     library.kill_at(b"", 0)  # the counter is shared with the fork
     done = run(*job["argv"], prepare=prepare, env=job["env"], signals=signals)
     last = done.pid
-    print(json.dumps(vars(done) | {"changes": library.kill_count(), "orphans": orphans()}), file=answers, flush=True)
+    left = orphans(10 if done.status == -signal.SIGKILL else 2)
+    print(json.dumps(vars(done) | {"changes": library.kill_count(), "orphans": left}), file=answers, flush=True)

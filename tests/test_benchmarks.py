@@ -5,11 +5,12 @@ import sys
 from types import SimpleNamespace
 
 import pytest
-from helpers import ROOT, launch
+from helpers import ROOT, in_child, launch
 
 sys.path.append(str(ROOT / "benchmarks"))
 
 import loss  # noqa: E402
+import mfu  # noqa: E402
 import scaling  # noqa: E402
 
 
@@ -65,6 +66,76 @@ def test_the_rows_a_chunk_are_those_of_main():
     assert loss.rows_of("torch-none", 2048, 0.54) == 1029
     assert [loss.rows_of("ours", tokens, 0.54) for tokens in (2048, 100, 1030)] == [1024, 100, 515]
     assert loss.rows_of("ours", 7, 0) == 1
+
+
+NAMES = {"NVIDIA A40": 149.7, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
+         "NVIDIA GH200 480GB": 989, "NVIDIA L40S": 362, "NVIDIA GeForce RTX 4090": 165, "NVIDIA RTX A4000": 0,
+         "NVIDIA RTX A1000": 0, "NVIDIA L40": 0, "NVIDIA GeForce RTX 4090 D": 0}  # fmt: skip
+
+
+def test_a_peak_is_that_of_the_device_of_exactly_this_name():
+    """MFU is measured against the maker's number; an unlisted device with a similar name has none."""
+
+    def peaks():
+        import torch
+
+        told = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16", world_size=2)
+        found = {}
+        for name in NAMES:
+            torch.cuda.get_device_name = lambda device, name=name: name  # no such device is here
+            found[name] = mfu.peak_flops(told)
+        others = [{"mixed_precision": "no"}, {"device": torch.device("cpu")}]
+        return found, [mfu.peak_flops(SimpleNamespace(**vars(told) | other)) for other in others]
+
+    assert in_child(peaks) == ({name: pytest.approx(2e12 * peak) for name, peak in NAMES.items()}, [0, 0])
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_flops_of_a_token_are_those_of_its_products_counted_one_by_one(tied):
+    """Forward and twice that backward: 2 a weight of each matrix, 2 each way for each number of each key in sight."""
+
+    def counted():
+        import torch
+        from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+        kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+        config = Gemma3TextConfig(
+            vocab_size=96, hidden_size=16, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=1,
+            head_dim=8, intermediate_size=32, sliding_window=5, layer_types=kinds, tie_word_embeddings=tied,
+            bos_token_id=2, eos_token_id=1, pad_token_id=0,
+        )  # fmt: skip
+        model = Gemma3ForCausalLM(config)
+        linear = [part for part in model.modules() if isinstance(part, torch.nn.Linear)]
+        norms = sum(weight.numel() for weight in model.parameters() if weight.dim() == 1)  # counted as if products
+        sight = sum(min(token + 1, 5 if "sliding" in kind else 12) for kind in kinds for token in range(12)) / 12
+        expected = 3 * 2 * (sum(part.weight.numel() for part in linear) + norms) + 3 * 2 * 2 * 4 * 8 * sight
+        return mfu.flops_per_token(model, 12), expected
+
+    found, expected = in_child(counted)
+    assert found == pytest.approx(expected)
+
+
+def test_a_token_of_gemma_3_270m_takes_1_73_gflop():
+    """At 2,048 tokens a chunk, as the reports say."""
+
+    def counted():
+        import gpu_memory
+        from transformers import AutoModelForCausalLM, Gemma3TextConfig
+
+        with gpu_memory.FakeTensorMode():
+            model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**gpu_memory.SHAPE))
+        return mfu.flops_per_token(model, 2048)
+
+    assert in_child(counted) == pytest.approx(1.73e9, rel=0.003)
+
+
+def test_the_peers_learn_from_mains_chunks_but_for_bos():
+    """Ids for all, no label for what main.py holds as ~id."""
+    import throughput
+
+    made = throughput.label({"input_ids": [[~2, 5, 6], [7, ~2, 8]]})
+    assert made["input_ids"] == [[2, 5, 6], [7, 2, 8]] and made["labels"] == [[-100, 5, 6], [7, -100, 8]]
+    assert made["attention_mask"] == [[1, 1, 1], [1, 1, 1]]
 
 
 def test_memory_is_counted_from_an_operation_to_the_end_of_its_result():

@@ -23,6 +23,7 @@ from helpers import (
     snapshot,
     steps,
     times,
+    weights_of,
     write_jsonl,
 )
 
@@ -252,6 +253,25 @@ def test_a_missing_final_save_is_made_up(finished, tmp_path):
     finish(*argv, "--output_dir", copy)
     assert in_child(same_weights, output, copy) and (copy / "train_results.json").exists()
     assert json.loads((copy / "config.json").read_text())["use_cache"] is True
+
+
+def rounded_to_bfloat16(whole, output):
+    """Whether a finished model is another one, rounded, and whether the other one has more digits."""
+    import torch
+
+    wide, narrow = weights_of(whole), weights_of(output)
+    same = [torch.equal(wide[name].to(torch.bfloat16), narrow[name]) for name in wide]
+    kept = [torch.equal(wide[name], narrow[name].float()) for name in wide]
+    return wide.keys() == narrow.keys() and all(same), not all(kept)
+
+
+def test_the_dtype_of_the_finished_model_is_free_until_it_is_there(stopped):
+    """B10, L6: --save_dtype is no setting of the training; checkpoints hold all digits, whatever it was before."""
+    argv, output, whole = stopped
+    done = finish(*argv, "--save_dtype", "bfloat16")
+    assert f"Going on from {output}/checkpoint-4, step 4 of 4." in done.out
+    assert in_child(rounded_to_bfloat16, whole, output) == (True, True)
+    assert in_child(same_weights, whole / "checkpoint-4", output / "checkpoint-4")
 
 
 @pytest.mark.slow

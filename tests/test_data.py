@@ -20,6 +20,7 @@ from helpers import (
     finish,
     free_port,
     launch,
+    manual,
     plain_user,
     results,
     write_jsonl,
@@ -44,13 +45,22 @@ def prepare(tiny, tmp_path, *argv):
 
 
 def expected_chunks(tokenizer, texts, length, truncate=True, eos=()):
-    """The same chunks by the plainest code. Returns: (list of lists, tokens kept)."""
-    kept = []
+    """The same chunks by the plainest code, ~2 for BOS. Returns: (list of lists, tokens kept, BOS added, dropped)."""
+    stream = []
     for text in texts:
         if text and text.strip():
             ids = tokenizer(text)["input_ids"] + list(eos)
-            kept += ids[:length] if truncate else ids
-    return [kept[start : start + length] for start in range(0, len(kept) - length + 1, length)], len(kept)
+            stream += [~2 if token == 2 else token for token in (ids[:length] if truncate else ids)]
+    kept, added, chunks = len(stream), 0, []
+    while stream:
+        inside = stream[0] != ~2
+        chunk = ([~2] if inside else []) + stream[: length - inside]
+        if len(chunk) < length:
+            break
+        chunks.append(chunk)
+        added += inside
+        stream = stream[length - inside :]
+    return chunks, kept, added, len(stream)
 
 
 TABLES = st.lists(st.one_of(st.none(), st.just(" \n"), st.text(st.characters(codec="utf-8"), max_size=60)), min_size=1)
@@ -59,14 +69,14 @@ TABLES = st.lists(st.one_of(st.none(), st.just(" \n"), st.text(st.characters(cod
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rows=TABLES, length=st.integers(2, 40), truncate=st.booleans(), add_eos=st.booleans(), batch=st.integers(1, 300))
 def test_every_token_is_in_one_chunk_in_order(tiny, tmp_path, rows, length, truncate, add_eos, batch):
-    """B3, B4: file → map batches of any size → chunks equals the plainest code, over any rows."""
+    """B3, B4, L1: file → map batches of any size → chunks equals the plainest code, over any rows."""
     main.TOKENIZE_BYTES = batch  # a few rows a batch
     path = write_jsonl(tmp_path / "rows.jsonl", rows)
     flags = ["--train_file", path, "--max_seq_length", length]
     flags += [] if truncate else ["--no_truncation"]
     flags += ["--add_eos"] if add_eos else []
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    expected, _ = expected_chunks(tokenizer, rows, length, truncate, [1] if add_eos else [])
+    expected, *_ = expected_chunks(tokenizer, rows, length, truncate, [1] if add_eos else [])
     try:
         train, _, _ = prepare(tiny, tmp_path, *flags)
     except SystemExit as stop:
@@ -81,25 +91,38 @@ TEXTS = st.lists(st.lists(st.integers(0, 2**18 - 1), max_size=50), max_size=40)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=TEXTS, length=st.integers(1, 70), truncate=st.booleans(), cuts=st.lists(st.integers(0, 40)))
-def test_packing_does_not_depend_on_batches(tmp_path, texts, length, truncate, cuts):
-    """B4: floor(kept / length) chunks whatever the record batches and files; only one remainder is dropped."""
+@given(texts=TEXTS, length=st.integers(2, 70), truncate=st.booleans(), bos=st.booleans(),
+       cuts=st.lists(st.integers(0, 40)))  # fmt: skip
+def test_packing_does_not_depend_on_batches(tmp_path, texts, length, truncate, bos, cuts):
+    """B4, L1: whatever the record batches and files, each id is in one chunk in order, or in the one remainder; a chunk
+    begins with BOS, its own or one that was added, or with none where the tokenizer has none."""
+    texts = [[~2, *ids] if bos else ids for ids in texts]
+    cut = [main.CUT * (number % 3 > 0) for number in range(len(texts))]
     borders = sorted({0, len(texts), *(cut for cut in cuts if cut < len(texts))})
     files = []
     for number, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
         files.append(str(tmp_path / f"{number % 2}-{number}.arrow"))
-        table = pa.table({"input_ids": pa.array(texts[start:end], pa.list_(pa.int32()))})
+        columns = {
+            "input_ids": pa.array(texts[start:end], pa.list_(pa.int32())),
+            "part": pa.array(cut[start:end], pa.int8()),
+        }
+        table = pa.table(columns)
         with pa.OSFile(files[-1], "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
             writer.write_table(table, max_chunksize=3)
-    kept = [token for text in texts for token in (text[:length] if truncate else text)]
-    chunks = [row["input_ids"] for row in main.group_texts(files, length, truncate)]
-    assert len(chunks) == len(kept) // length
-    assert np.concatenate([[], *chunks]).tolist() == kept[: len(chunks) * length]
+    pairs = zip(texts, cut, strict=True)
+    kept = [token for text, cut in pairs for token in (text[:length] if truncate and cut else text)]
+    made = list(main.group_texts(files, length, main.CUT * truncate, [~2] * bos))
+    chunks = [row["input_ids"] for row in made]
     assert all(chunk.dtype == np.int32 and chunk.shape == (length,) for chunk in chunks)
+    back = [token for row in made for token in row["input_ids"].tolist()[row["added"] :]]
+    assert back == kept[: len(back)]
+    assert len(kept) - len(back) < length  # at its first id, which may need a BOS, the rest fills no chunk
+    assert not bos or all(chunk[0] == ~2 for chunk in chunks)
+    assert not any(row["added"] and row["input_ids"][1] == ~2 for row in made)  # never two
 
 
 def report_of(text, split="train"):
-    """The numbers of the report of a split: rows, blank, truncated, cost, kept, chunks, length, dropped."""
+    """The numbers of the report of a split: rows, blank, truncated, cost, kept, BOS, chunks, length, dropped."""
     line = next(line for line in text.splitlines() if line.startswith(f"{split}: ") and "rows read" in line)
     return [int(number.replace(",", "")) for number in re.findall(r"\d[\d,]*", line)]
 
@@ -113,9 +136,10 @@ def test_2600_rows_over_three_map_batches_lose_one_remainder(tiny, tmp_path):
     assert "2600/2600" in done.err  # the tokenizer's progress bar
     tokenizer = AutoTokenizer.from_pretrained(tiny)
     sizes = [len(tokenizer(row)["input_ids"]) for row in rows if row]
-    kept = sum(min(size, 64) for size in sizes)
     over = [size - 64 for size in sizes if size > 64]
-    assert report_of(done.out) == [2600, 200, len(over), sum(over), kept, kept // 64, 64, kept % 64]
+    chunks, kept, added, dropped = expected_chunks(tokenizer, rows, 64)
+    assert kept + added == len(chunks) * 64 + dropped
+    assert report_of(done.out) == [2600, 200, len(over), sum(over), kept, added, len(chunks), 64, dropped]
 
 
 def test_only_int32_input_ids_are_stored(tiny, tmp_path, texts):
@@ -148,8 +172,8 @@ def test_too_little_text_names_a_length_that_works(split, refuse, tiny, train, t
     few.write_text("A handful of words.\nAnd a second line.\n")
     flags = "--train_file {tmp}/few.txt" if split == "train" else ALSO + "--validation_file {tmp}/few.txt"
     sentence = refuse(flags, split, "--max_seq_length", "one chunk of 64")
-    tokens, length = re.search(r"(\d+) tokens.*--max_seq_length \D*(\d+)", sentence).groups()
-    assert tokens == length
+    tokens, few, length = re.search(r"(\d+) tokens, (\d+) too few.*--max_seq_length \D*(\d+)", sentence).groups()
+    assert tokens == length and int(tokens) + int(few) == 64
     flags = [*flags.format(tmp=tmp_path, train=train).split(), "--model_name_or_path", tiny, "--report_to", "none"]
     finish(*flags, "--output_dir", tmp_path / "new", "--max_steps", 1, "--max_seq_length", length)
 
@@ -181,8 +205,8 @@ def test_a_second_run_reads_the_cache(tiny, tmp_path, texts):
     assert done_again(output="h") == list(work)
 
 
-def test_several_tokenizing_processes_make_the_same_chunks(tiny, tmp_path):
-    """B13: --preprocessing_num_workers changes speed only."""
+def test_several_tokenizing_threads_make_the_same_chunks(tiny, tmp_path):
+    """B13: --preprocessing_num_workers, the threads of the tokenizer, changes speed only."""
     path = write_jsonl(tmp_path / "train.jsonl", [f"text number {number} " * (number % 7) for number in range(300)])
     common = ["--train_file", path, "--max_seq_length", 64]
     one, _, _ = prepare(tiny, tmp_path, *common)
@@ -221,12 +245,29 @@ def test_every_format_trains_and_evaluates(tiny, tmp_path, name, bf16):
     """F4, F15, B2, B9, C7, C8: each file format, and both precisions on the CPU."""
     FORMATS[name](tmp_path / name)
     path, output = tmp_path / name, tmp_path / "out"
-    done = finish("--model_name_or_path", tiny, "--train_file", path, "--validation_file", path, "--text_column",
-                  "text", "--output_dir", output, "--max_seq_length", 64, "--max_steps", 1, *["--bf16"] * bf16)
+    done = finish(
+        "--model_name_or_path",
+        tiny,
+        "--train_file",
+        path,
+        "--validation_file",
+        path,
+        "--text_column",
+        "text",
+        "--output_dir",
+        output,
+        "--max_seq_length",
+        64,
+        "--max_steps",
+        1,
+        *["--bf16"] * bf16,
+    )
     tokenizer = AutoTokenizer.from_pretrained(tiny)
-    texts = [line + "\n" for line in LINES] if name.endswith(".txt") else STORIES
-    expected, kept = expected_chunks(tokenizer, texts, 64)
-    assert report_of(done.out)[4:6] == [kept, len(expected)] == report_of(done.out, "validation")[4:6]
+    document = name.endswith(".txt")  # one text, never cut
+    texts = ["\n".join(LINES) + "\n"] if document else STORIES
+    expected, kept, added, dropped = expected_chunks(tokenizer, texts, 64, truncate=not document)
+    numbers = [kept, added, len(expected), 64, dropped]
+    assert report_of(done.out)[4:] == numbers == report_of(done.out, "validation")[4:]
     assert ("bf16 autocast" in done.out) == bf16
     numbers = results(output)
     assert numbers["perplexity"] == pytest.approx(np.exp(numbers["eval_loss"]), rel=1e-6)
@@ -240,7 +281,7 @@ def test_text_reaches_the_tokenizer_unchanged(tiny, tmp_path):
     write_jsonl(tmp_path / "b.jsonl", rows)
     (tmp_path / "c.txt").write_text("\n".join(rows), encoding="utf-8")
     for name in ("a.csv", "b.jsonl", "c.txt"):
-        found = [row["text"] for row in main.read_texts([str(tmp_path / name)], "text")]
+        found = [row["text"] for row in main.read_texts([str(tmp_path / name)], "text", "line", 0)]
         assert [text.removesuffix("\n") for text in found] == rows
 
 
@@ -253,6 +294,144 @@ def test_several_files_and_a_glob_are_read_in_order(tiny, tmp_path):
                                   "--max_seq_length", 16, "--no_truncation")  # fmt: skip
     texts = [f"this is text number {number} " * 9 for number in (1, 2, 3)] + ["this is the last line " * 9]
     assert train["input_ids"][:] == expected_chunks(tokenizer, texts, 16, truncate=False)[0]
+
+
+# ── Documents, paragraphs, lines ─────────────────────────────────────────────────────────────────────────────────────
+
+POEM = "Roses\n  are red,\n\n\nviolets\n \t\nare blue.\n\n\n\nThe end, without a line break"
+BLOCKS = ["Roses\n  are red,\n", "violets\n", "are blue.\n", "The end, without a line break"]
+
+
+def rows_of(folder, text, sample_by, size=10**9):
+    """The rows that a .txt file of this text becomes: (text, part) pairs."""
+    path = folder / "some.txt"
+    path.write_text(text)
+    return [(row["text"], row["part"]) for row in main.read_texts([str(path)], "text", sample_by, size)]
+
+
+def test_a_txt_file_is_one_document_unless_lines_or_paragraphs_are_asked_for(tmp_path):
+    """L4: every character of a document is kept; paragraphs are blocks between blank lines; a line keeps its break."""
+    assert rows_of(tmp_path, POEM, "document") == [(POEM, main.BEGINS + main.ENDS)]
+    assert rows_of(tmp_path, POEM, "paragraph") == [(block, main.TEXT) for block in BLOCKS]
+    assert rows_of(tmp_path, POEM, "line") == [(line, main.TEXT) for line in POEM.splitlines(keepends=True)]
+
+
+@pytest.mark.parametrize("size", [0, 7, 12, 30])
+def test_a_document_in_pieces_is_cut_before_lines_that_are_not_blank(tmp_path, size):
+    """L4: the pieces put together are the document; the first begins it, the last ends it; none may be cut."""
+    rows = rows_of(tmp_path, POEM, "document", size)
+    assert "".join(text for text, _ in rows) == POEM
+    assert len(rows) > 1 and [part for _, part in rows] == [main.BEGINS, *[0] * (len(rows) - 2), main.ENDS]
+    assert not any(text.partition("\n")[0].isspace() or text[0] == "\n" for text, _ in rows)
+    assert all(len(text.splitlines()[0]) <= size or len(text) > size for text, _ in rows[:-1])
+
+
+def test_a_document_is_the_same_with_windows_line_ends_and_in_gzip(tiny, tmp_path):
+    """L4, B2: .txt, .txt.gz and \\r\\n make the same chunks: those of the whole text, longer than a chunk, not cut."""
+    text = (POEM + "\n") * 9
+    (tmp_path / "a.txt").write_text(text)
+    (tmp_path / "b.txt").write_bytes(text.replace("\n", "\r\n").encode())
+    (tmp_path / "c.txt.gz").write_bytes(gzip.compress(text.encode()))
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    expected, *_ = expected_chunks(tokenizer, [text], 16, truncate=False)
+    assert len(expected) > 9
+    for name in ("a.txt", "b.txt", "c.txt.gz"):
+        train, _, _ = prepare(tiny, tmp_path, "--train_file", tmp_path / name, "--max_seq_length", 16)
+        assert train["input_ids"][:] == expected
+
+
+def line_tokenizer(tiny, folder, kept_apart):
+    """Save a tokenizer of Gemma's kind, for which line breaks are kept apart from other letters or are not."""
+    from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>"))
+    bpe.normalizer = normalizers.Replace(" ", "▁")
+    apart = pre_tokenizers.Split(Regex("\n+"), "isolated")
+    bpe.pre_tokenizer = pre_tokenizers.Sequence([apart] * kept_apart + [pre_tokenizers.Split("▁", "merged_with_next")])
+    bpe.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"]
+    bytes_ = [f"<0x{byte:02X}>" for byte in range(256)]
+    texts = [*manual("with", "try"), "the\nthe\n" * 1000]  # to be joined to "\nthe"
+    bpe.train_from_iterator(texts, trainers.BpeTrainer(vocab_size=384 - 256, special_tokens=special))
+    bpe.add_tokens(bytes_)
+    bpe.post_processor = processors.TemplateProcessing(single="<bos> $A", special_tokens=[("<bos>", 2)])
+    names = dict(zip(["pad_token", "eos_token", "bos_token", "unk_token"], special, strict=True))
+    PreTrainedTokenizerFast(tokenizer_object=bpe, **names).save_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def test_documents_are_cut_into_pieces_only_where_that_changes_no_id(tiny, tmp_path, monkeypatch):
+    """L4, L5: in pieces a document has the ids of the whole, one BOS, one EOS; a tokenizer that joins line breaks to
+    letters gets it whole."""
+    text = "\n".join(manual("with", "if"))
+    (tmp_path / "manual.txt").write_text(text)
+    monkeypatch.setattr(main, "PIECE", 50)
+    for kept_apart in (True, False):
+        tokenizer = line_tokenizer(tiny, tmp_path / f"tokenizer-{kept_apart}", kept_apart)
+        assert main.splits_at_lines(tokenizer) == kept_apart
+        flags = ["--train_file", tmp_path / "manual.txt", "--max_seq_length", 64, "--add_eos"]
+        flags += ["--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--model_name_or_path", tiny]
+        made, _ = main.load_and_prepare_dataset(main.parse_args([str(word) for word in flags]), tokenizer)
+        expected, *_ = expected_chunks(tokenizer, [text], 64, truncate=False, eos=[1])
+        assert made["input_ids"][:] == expected
+
+
+@pytest.mark.parametrize(("flags", "words"), [
+    (ALSO + "--sample_by line", ["--sample_by", ".txt", "leave it out"]),
+    ("--dataset_name {tmp} --sample_by paragraph", ["--sample_by", ".txt", "leave it out"]),
+    ("--train_file {tmp}/a.txt --sample_by word", ["--sample_by", "'word'", "document", "paragraph", "line"]),
+])  # fmt: skip
+def test_sample_by_is_for_txt_files(flags, words, refuse, tmp_path):
+    """L4: with other formats, where it would do nothing, and with an unknown value it is refused."""
+    (tmp_path / "a.txt").write_text("text\n")
+    refuse(flags, *words)
+
+
+# ── BOS, EOS, control words ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_control_words_in_texts_become_their_tokens_and_none_is_doubled(tiny, tmp_path, capsys):
+    """L2, L7: a text's own <bos> and <eos> are counted and get no second one; <bos> is never learnt."""
+    rows = ["<bos>one", "two<eos>", "<bos>three<eos>", "four <bos> five", "six", "<eos>seven"]
+    path = write_jsonl(tmp_path / "train.jsonl", rows)
+    common = ["--train_file", path, "--max_seq_length", 8, "--no_truncation"]
+    for flags, ends in (([], 0), (["--add_eos"], 2)):
+        train, _, tokenizer = prepare(tiny, tmp_path, *common, *flags)
+        noted = re.search(r"note +(\d+) train texts begin with BOS, (\d+) end with EOS", capsys.readouterr().out)
+        assert [int(number) for number in noted.groups()] == [2, ends]
+        words = ("one", "two", "three", "four ", " five", "six", "seven")
+        one, two, three, four, five, six, seven = tokenizer([*words], add_special_tokens=False)["input_ids"]
+        eos = [1] * len(flags)
+        stream = [~2, *one, *eos, ~2, *two, 1, ~2, *three, 1, ~2, *four, ~2, *five, *eos, ~2, *six, *eos, ~2, 1, *seven]
+        made = []
+        for chunk in train["input_ids"][:]:
+            made += chunk[chunk[0] == ~2 and made != [] and stream[len(made)] != ~2 :]
+        assert len(train) >= 3 and made == stream[: len(made)] and len(stream) - len(made) < 8
+
+
+def test_texts_without_control_words_get_no_note(tiny, tmp_path, texts, capsys):
+    """L7: the note is for texts that bring their own."""
+    prepare(tiny, tmp_path, "--train_file", texts[0], "--max_seq_length", 64)
+    assert "end with EOS" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("flags, end", [([], "without"), (["--add_eos"], "with")])
+def test_the_plan_says_how_texts_begin_and_end(tiny, train, tmp_path, flags, end):
+    """L5: nobody trains a model that never stops without knowing."""
+    done = finish("--model_name_or_path", tiny, "--train_file", train, "--output_dir", tmp_path / "out", *SHORT, *flags)
+    assert f"texts begin with BOS, end {end} EOS" in done.out
+
+
+def test_a_tokenizer_without_bos_makes_chunks_without_bos(tiny, tmp_path):
+    """L1: BOS is put only where the tokenizer itself begins a text with it."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    tokenizer.backend_tokenizer.post_processor = None
+    flags = ["--train_file", write_jsonl(tmp_path / "a.jsonl", ROWS), "--max_seq_length", 32, "--no_truncation"]
+    flags += ["--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache", "--model_name_or_path", tiny]
+    made, _ = main.load_and_prepare_dataset(main.parse_args([str(word) for word in flags]), tokenizer)
+    kept = [token for row in ROWS for token in tokenizer(row)["input_ids"]]
+    assert 2 not in kept and made["input_ids"][:] == [kept[at : at + 32] for at in range(0, len(kept) - 31, 32)]
 
 
 def lines(*rows):
@@ -273,30 +452,46 @@ CONTENT = {  # case: (file name, content), words of the sentence
     "gz cut short": (("bad.jsonl.gz", ZIPPED[:-30]), "bad.jsonl.gz", "cannot be read to its end"),
     "gz that is none": (("bad.txt.gz", "plain text\n"), "bad.txt.gz", "cannot be read", "gzip"),
     "csv with a value too many": (
-        ("bad.csv", "id,text\n1,hello\n2,hello, world\n"), "bad.csv, line 3", "3 values", "has 2", "double quotes"
+        ("bad.csv", "id,text\n1,hello\n2,hello, world\n"),
+        "bad.csv, line 3",
+        "3 values",
+        "has 2",
+        "double quotes",
     ),
     "csv with a value too few": (("bad.csv", "id,text\n1,hello\n2\n"), "bad.csv, line 3", "1 value", "has 2"),
     "csv with an open quote": (("bad.csv", 'id,text\n1,"hello\n2,world\n'), "bad.csv", "broken CSV", "line"),
     "Latin-1": (("bad.txt", "plain\ncafé\n".encode("latin1")), "bad.txt", "not UTF-8", "byte 9", "0xe9", "iconv"),
     "UTF-16": (("bad.txt", "a line\n".encode("utf-16")), "bad.txt", "not UTF-8", "byte 0", "utf-16"),
     "UTF-16 without a mark": (
-        ("bad.txt", "a line\nand another\n".encode("utf-16-le")), "bad.txt", "line 1", "NUL", "iconv -f utf-16le"
+        ("bad.txt", "a line\nand another\n".encode("utf-16-le")),
+        "bad.txt",
+        "line 1",
+        "NUL",
+        "iconv -f utf-16le",
     ),
     "NUL in CSV": (("bad.csv", "text\nhello\nwor\0ld\n"), "bad.csv", "line 3", "NUL"),
     "no such column in json": (
-        ("bad.jsonl", lines({"Text": "a", "id": 1})), "bad.jsonl, line 1", "'text'", "mean 'Text'?",
-        "columns: Text, id", "--text_column",
+        ("bad.jsonl", lines({"Text": "a", "id": 1})),
+        "bad.jsonl, line 1",
+        "'text'",
+        "mean 'Text'?",
+        "columns: Text, id",
+        "--text_column",
     ),
     "column gone half-way": (("bad.jsonl", lines({"text": "a"}, {"body": "b"})), "bad.jsonl, line 2", "columns: body"),
     "no such column in csv": (
-        ("bad.csv", "id,txt\n1,hello\n"), "bad.csv, line 1", "'text'", "mean 'txt'?", "columns: id, txt",
+        ("bad.csv", "id,txt\n1,hello\n"),
+        "bad.csv, line 1",
+        "'text'",
+        "mean 'txt'?",
+        "columns: id, txt",
         "--text_column",
     ),
     "json column of numbers": (("bad.jsonl", lines({"text": 5})), "line 1", "'text'", "holds 5", "--text_column"),
     "json column of lists": (("bad.json", '[{"text": ["a"]}]'), "item 1", "'text'", 'holds ["a"]', "--text_column"),
     "json column of nulls": (("bad.jsonl", lines({"text": None}, {"text": None})), "train", "no text", "2 rows"),
     "lone surrogate": (("bad.jsonl", lines({"text": "a"}, {"text": "b \ud83d"})), "line 2", r"\ud800 to \udfff"),
-    "blank rows only": (("bad.txt", "\n   \n\t\n"), "train", "no text", "3 rows", "blank"),
+    "blank rows only": (("bad.txt", "\n   \n\t\n"), "train", "no text", "1 rows", "blank"),
     "csv without rows": (("bad.csv", "text\n"), "no rows"),
     "empty array": (("bad.json", "[]"), "no rows"),
     "line breaks only": (("bad.jsonl", "\n\n"), "no rows"),
@@ -314,7 +509,7 @@ def test_bad_file_is_refused_in_one_sentence_that_says_where(file, words, refuse
 def test_bad_validation_file_is_named(refuse, tmp_path):
     """B9: the validation data is held to the same rules."""
     (tmp_path / "val.txt").write_text("\n\n")
-    refuse(ALSO + "--validation_file {tmp}/val.txt", "validation", "2 rows", "blank")
+    refuse(ALSO + "--validation_file {tmp}/val.txt --sample_by line", "validation", "2 rows", "blank")
 
 
 # ── Directories ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -361,12 +556,16 @@ def test_a_data_set_directory_is_read(make, tiny, tmp_path):
     assert ("validation: 3 rows" in done.out) == (make is not save_single) == ("eval_loss" in done.out)
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (write_test_only, ["no train split", "only test", "--train_file"]),
-    (Path.mkdir, ["data", "any data files"]),
-    (write_file, ["data", "--train_file"]),
-    (lambda folder: None, ["data", "no such"]),
-], ids=["only a test split", "empty", "a file", "missing"])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (write_test_only, ["no train split", "only test", "--train_file"]),
+        (Path.mkdir, ["data", "any data files"]),
+        (write_file, ["data", "--train_file"]),
+        (lambda folder: None, ["data", "no such"]),
+    ],
+    ids=["only a test split", "empty", "a file", "missing"],
+)
 def test_a_directory_that_is_no_training_data_is_refused(make, words, refuse, tmp_path):
     """F3, B2: a path that is no data set directory ends with status 2 and names what is there."""
     make(tmp_path / "data")
@@ -412,14 +611,21 @@ DATA = {  # case: (flags behind --dataset_name, environment), words of the sente
     "unknown, without an owner": (("nowhere", {}), "nowhere", "no such name"),
     "gated without token": (("test/gated-data", {}), "gated", "{hub}/datasets/test/gated-data", "hf auth login"),
     "gated without accepted terms": (
-        ("test/gated-data --dataset_config_name wikitext-2-v1", STRANGER), "accept", "{hub}/datasets/test/gated-data"
+        ("test/gated-data --dataset_config_name wikitext-2-v1", STRANGER),
+        "accept",
+        "{hub}/datasets/test/gated-data",
     ),
     "gated with an invalid token": (("test/gated-data", INVALID), "refuses your token", "hf auth login"),
     "several configurations": (
-        ("test/configs", {}), "--dataset_config_name", "'wikitext-103-raw-v1', 'wikitext-2-raw-v1', 'wikitext-2-v1'"
+        ("test/configs", {}),
+        "--dataset_config_name",
+        "'wikitext-103-raw-v1', 'wikitext-2-raw-v1', 'wikitext-2-v1'",
     ),
     "unknown configuration": (
-        ("test/configs --dataset_config_name wikitext-3", {}), "wikitext-3", "wikitext-103-raw-v1", "wikitext-2-raw-v1"
+        ("test/configs --dataset_config_name wikitext-3", {}),
+        "wikitext-3",
+        "wikitext-103-raw-v1",
+        "wikitext-2-raw-v1",
     ),
     "only a test split": (("test/only-test", {}), "test/only-test", "no train split", "only test", "--train_file"),
     "nothing to evaluate on": (("test/no-text --do_eval", {}), "no validation split", "--validation_file"),
@@ -458,11 +664,14 @@ def test_a_second_run_works_offline_from_the_cache(hub, tmp_path):
     assert results(tmp_path / "first")["eval_loss"] == results(tmp_path / "second")["eval_loss"]
 
 
-@pytest.mark.parametrize(("flag", "way"), [
-    ("--model_name_or_path", "offline"),
-    ("--dataset_name", "offline"),
-    ("--model_name_or_path", "dead endpoint"),
-])
+@pytest.mark.parametrize(
+    ("flag", "way"),
+    [
+        ("--model_name_or_path", "offline"),
+        ("--dataset_name", "offline"),
+        ("--model_name_or_path", "dead endpoint"),
+    ],
+)
 @pytest.mark.slow
 def test_no_network_and_an_empty_cache_is_said_in_one_sentence(flag, way, hub, refuse, tmp_path):
     """F1, F3: with HF_HUB_OFFLINE at once, with a dead network after the library's own tries."""

@@ -45,7 +45,7 @@ def differences(expected, output, spare):
     names = [{path.name for path in place.iterdir()} for place in (expected, output)]
     curves = [events(place / "runs") for place in (expected, output)]
     losses = [results(place)["train_loss"] for place in (expected, output)]
-    known = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity")
+    known = ("loss", "grad_norm", "learning_rate", "eval_loss", "eval_perplexity", "eval_bits_per_byte")
     logs = [[{key: row[key] for key in ("step", *known) if key in row} for row in logged(place)]
             for place in (expected, output)]  # fmt: skip
     tags = [{f"train/{key.removeprefix('eval_')}", key.replace("eval_", "eval/")} for key in known]
@@ -240,18 +240,19 @@ def test_a_signal_at_any_moment_ends_with_its_status_and_costs_nothing(kill_serv
 
 
 @pytest.mark.slow
-def test_no_helper_process_stays_behind(kill_servers, four_steps, tmp_path):
-    """B10: signals and kills while two processes tokenize and two load: no traceback, no orphan, same weights."""
-    argv = [*four_steps[0], "--preprocessing_num_workers", 2, "--dataloader_num_workers", 2]
-    expected = tmp_path / "whole"
+def test_no_data_loader_stays_behind(kill_servers, best_of_few, tmp_path):
+    """B10: signals and kills while two processes load, in training and evaluations: no traceback, no orphan."""
+    argv, expected = [*best_of_few[0], "--dataloader_num_workers", 2], tmp_path / "whole"
+    began = time.time()
     whole = kill_servers[0].run([*argv, "--output_dir", expected], expected)
     assert whole["status"] == 0 and whole["orphans"] == [], whole
+    moment = (time.time() - began) / 30
 
     def work(server, number):
         output = tmp_path / str(number)
         which = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL)[number % 3]
-        call = [*argv, "--output_dir", output, "--cache_dir", tmp_path / f"cache{number}"]
-        done = server.run(call, output, seconds=0.1 + number / 60, number=which)
+        call = [*argv, "--output_dir", output]
+        done = server.run(call, output, seconds=number * moment, number=which)
         assert done["status"] in ((0, -which) if which == signal.SIGKILL else (0, 128 + which)), (number, done)
         assert "Traceback" not in done["err"], (number, done)
         assert (done["status"] > 0) == ("main.py: error: stopped by" in done["err"]), (number, done)
@@ -264,19 +265,18 @@ def test_no_helper_process_stays_behind(kill_servers, four_steps, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_signal_in_the_middle_of_a_fork_is_not_lost(kill_servers, four_steps, tmp_path):
-    """B10: whether datasets' manager, a tokenizer or a data loader is just made: the sentence, and nobody is left."""
-    argv = [*four_steps[0], "--preprocessing_num_workers", 2, "--dataloader_num_workers", 2]
+def test_a_signal_in_the_middle_of_a_fork_is_not_lost(kill_servers, best_of_few, tmp_path):
+    """B10: a data loader is just made, for the training or the evaluation behind it: the sentence, nobody is left."""
+    argv = [*best_of_few[0], "--eval_steps", 100, "--save_steps", 100, "--dataloader_num_workers", 2]
 
     def work(server, number):
         output = tmp_path / str(number)
-        call = [*argv, "--output_dir", output, "--cache_dir", tmp_path / f"cache{number}"]
-        done = server.run(call, output, number=signal.SIGTERM, fork=number)
+        done = server.run([*argv, "--output_dir", output], output, number=signal.SIGTERM, fork=number)
         assert done["status"] == 128 + signal.SIGTERM and "Traceback" not in done["err"], (number, done)
         assert done["orphans"] == [], (number, done)
         return re.search(r"stopped by SIGTERM( at step \d of 4)?", done["err"])[1]
 
-    assert share(kill_servers, range(1, 6), work) == [None, None, None, " at step 1 of 4", " at step 1 of 4"]
+    assert share(kill_servers, range(1, 5), work) == [" at step 1 of 4", " at step 1 of 4", None, None]
 
 
 AT_THE_END = """

@@ -5,7 +5,6 @@ import math
 import os
 import re
 import sys
-from types import SimpleNamespace
 
 import pytest
 from helpers import (
@@ -29,8 +28,6 @@ from helpers import (
     write_jsonl,
 )
 
-import main
-
 C3 = "--dataset_name wikitext --dataset_config_name wikitext-2-raw-v1 --output_dir ./outputs --bf16"
 
 
@@ -50,20 +47,54 @@ def test_the_main_command_trains_evaluates_and_saves(hub, tmp_path):
 
 
 def test_results_are_written_as_json(finished):
-    """B9, B12: train, eval and all results; the perplexity is exp of the loss, in every evaluation."""
+    """L3, B9, B12: train, eval and all results; loss, perplexity and bits per byte agree in every evaluation."""
     output, _, _, _ = finished
     train, evaluation, everything = (results(output, name) for name in ("train", "eval", "all"))
     assert everything == train | evaluation
-    assert evaluation["perplexity"] == pytest.approx(math.exp(evaluation["eval_loss"]))
+    for name in ("perplexity", "bits_per_byte"):
+        assert evaluation[name] == evaluation[f"eval_{name}"]
     during = [entry for entry in logged(output) if "eval_loss" in entry]
-    assert during and all(entry["eval_perplexity"] == pytest.approx(math.exp(entry["eval_loss"])) for entry in during)
+    bits = evaluation["bits_per_byte"] / evaluation["eval_loss"]  # of a nat a token: the same text each time
+    for entry in (evaluation, *during):
+        assert entry["eval_perplexity"] == pytest.approx(math.exp(entry["eval_loss"]))
+        assert entry["eval_bits_per_byte"] == pytest.approx(bits * entry["eval_loss"])
+    assert len({entry["eval_loss"] for entry in during}) > 1
+
+
+def measured(model, path, length, count=None):
+    """By transformers, torch and the tokenizer's words alone. Returns: (loss of a token, bits of a byte)."""
+    from transformers import AutoTokenizer
+
+    tokenizer, chunks = AutoTokenizer.from_pretrained(model), chunks_of(model, path, length)[:count]
+    loss = plain_loss(model, chunks)
+    seen = [token for chunk in chunks for token in chunk[1:] if token != tokenizer.bos_token_id]
+    text = "".join(json.loads(line)["text"] for line in open(path, encoding="utf-8"))
+    size = sum(len(word) for word in tokenizer.convert_ids_to_tokens(seen))  # in which each letter is a byte
+    assert text.startswith(tokenizer.decode(seen)) and size == len(tokenizer.decode(seen).encode())
+    return loss, len(seen) * loss / math.log(2) / size
 
 
 def test_evaluation_equals_plain_transformers(finished):
-    """B9: the reported validation loss is what transformers and torch compute on the saved model."""
+    """L1 to L3, B9: loss and bits per byte are what transformers and torch make of the saved model and the text."""
     output, _, texts, _ = finished
-    expected = in_child(lambda: plain_loss(output, chunks_of(output, texts[1], 64)))
-    assert results(output, "eval")["eval_loss"] == pytest.approx(expected, rel=1e-4)
+    loss, bits = in_child(measured, output, texts[1], 64)
+    mine = results(output, "eval")
+    assert mine["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    assert mine["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+
+
+def test_each_predicted_token_counts_once_and_each_byte_of_its_text(tiny, tmp_path):
+    """L2, L3: many short texts of letters of two to four bytes: BOS among the tokens is neither counted nor text."""
+    rows = [f"Nüchtern – {number} Größen, 漢字, 🙂\n" for number in range(60)]
+    path = write_jsonl(tmp_path / "short.jsonl", rows)
+    finish("--do_eval", "--model_name_or_path", tiny, "--validation_file", path, "--max_seq_length", 48,
+           "--output_dir", tmp_path / "out")  # fmt: skip
+    chunks = in_child(chunks_of, tiny, path, 48)
+    assert len({chunk.count(2) for chunk in chunks}) > 1  # so that no chunk's mean is a mean over tokens
+    loss, bits = in_child(measured, tiny, path, 48)
+    mine = results(tmp_path / "out", "eval")
+    assert mine["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    assert mine["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
 def test_the_model_learns_and_loads(finished):
@@ -81,6 +112,52 @@ def test_the_model_learns_and_loads(finished):
 
     dtype, use_cache, new = in_child(generate)
     assert dtype == "torch.float32" and use_cache is True and 1 <= new <= 8
+
+
+def kinds_of(folder):
+    """The dtypes of a saved model's weights, that of its config.json, and its file's size in bytes."""
+    config = json.loads((folder / "config.json").read_text())
+    dtypes = {str(weight.dtype).removeprefix("torch.") for weight in weights_of(folder).values()}
+    return dtypes, config["dtype"], (folder / "model.safetensors").stat().st_size
+
+
+def rounding(output):
+    """Whether a finished bfloat16 model is its last checkpoint rounded, and whether that changed any weight."""
+    import torch
+
+    whole, saved = weights_of(output / "checkpoint-6"), weights_of(output)
+    rounded = {name: weight.to(torch.bfloat16) for name, weight in whole.items()}
+    changed = [not torch.equal(rounded[name].float(), whole[name]) for name in whole]
+    return whole.keys() == saved.keys() and all(torch.equal(rounded[name], saved[name]) for name in saved), any(changed)
+
+
+def test_the_finished_model_has_the_dtype_of_its_base_and_is_what_was_evaluated(tiny_bf16, tmp_path, texts):
+    """L3, L6, B12: half the size, rounded only once and behind all checkpoints; every figure is of what was saved."""
+    output, wide = tmp_path / "out", tmp_path / "wide"
+    argv = [*short_run(tiny_bf16, texts, output, "--max_steps", 6, "--gradient_accumulation_steps", 1),
+            "--cache_dir", tmp_path / "cache"]  # fmt: skip
+    finish(*argv)
+    finish(*argv, "--output_dir", wide, "--save_dtype", "float32")
+    dtypes, config, size = in_child(kinds_of, output)
+    assert dtypes == {"bfloat16"} and config == "bfloat16"
+    for folder in (wide, wide / "checkpoint-6", output / "checkpoint-6"):
+        dtypes, config, full = in_child(kinds_of, folder)
+        assert dtypes == {"float32"} and config == "float32" and full == pytest.approx(2 * size, rel=0.02)
+    assert in_child(rounding, output) == (True, True)
+    assert in_child(same_weights, wide, output / "checkpoint-6")
+
+    figures = []
+    for folder in (output, wide):
+        finish("--do_eval", "--model_name_or_path", folder, "--validation_file", texts[1], "--no_truncation",
+               "--max_seq_length", 64, "--output_dir", tmp_path / f"eval-{folder.name}")  # fmt: skip
+        mine, again = results(folder, "eval"), results(tmp_path / f"eval-{folder.name}", "eval")
+        loss, bits = in_child(measured, folder, texts[1], 64)
+        assert mine["eval_loss"] == pytest.approx(again["eval_loss"], rel=1e-6)
+        assert mine["eval_loss"] == pytest.approx(loss, rel=1e-6)
+        assert mine["bits_per_byte"] == pytest.approx(again["bits_per_byte"], rel=1e-6)
+        assert mine["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+        figures.append(loss)
+    assert abs(figures[0] / figures[1] - 1) > 5e-6  # the rounding can be told from the figures
 
 
 def test_do_eval_alone_only_evaluates(finished, tmp_path):
@@ -141,7 +218,7 @@ def test_out_of_memory_ends_with_status_1_and_the_four_remedies_in_order(refuse,
 
 
 def test_the_banner_says_what_will_happen(finished):
-    """F11, F16, B1: model, device, data, effective batch, steps and place, before the first step."""
+    """F11, F16, B1, L5: model, device, data, effective batch, steps, texts and place, before the first step."""
     output, done, _, _ = finished
     chunks = int(re.search(r"= (\d+) chunks of 64", done.out)[1])
     steps = math.ceil(3 * math.ceil(math.ceil(chunks / 4) / 8))
@@ -151,6 +228,7 @@ def test_the_banner_says_what_will_happen(finished):
         "device   cpu, 1 process",
         "4 per device × 8 accumulation × 1 = 32 chunks = 2,048 tokens a step",
         f"steps    {steps} (3 epochs), learning rate 0.001, warm-up 2 steps",
+        "texts begin with BOS, end without EOS",
         f"output   {output}",
     ):
         assert words in done.out
@@ -198,7 +276,8 @@ def test_the_log_line_tells_speed_memory_and_time_left(finished):
 def test_tensorboard_has_the_curves(finished):
     """B11: loss, learning rate and validation loss are in output_dir/runs."""
     output, _, _, _ = finished
-    wanted = {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "eval/perplexity"}
+    wanted = {"train/loss", "train/learning_rate", "train/grad_norm", "eval/loss", "eval/perplexity",
+              "eval/bits_per_byte"}  # fmt: skip
     assert wanted <= events(output / "runs").keys()
 
 
@@ -243,27 +322,6 @@ def test_a_logged_loss_is_the_mean_over_tokens(two_epochs, tmp_path):
     assert losses(tmp_path / "again") == losses(tmp_path / "all")
 
 
-NAMES = {"NVIDIA A40": 149.7, "NVIDIA A100-SXM4-80GB": 312, "NVIDIA H100 80GB HBM3": 989, "NVIDIA H100 PCIe": 756,
-         "NVIDIA GH200 480GB": 989, "NVIDIA L40S": 362, "NVIDIA GeForce RTX 4090": 165, "NVIDIA RTX A4000": 0,
-         "NVIDIA RTX A1000": 0, "NVIDIA L40": 0}  # fmt: skip
-
-
-def test_a_peak_is_that_of_the_device_of_exactly_this_name():
-    """F17: MFU is measured against the maker's number; an unlisted device with a similar name has none."""
-
-    def peaks():
-        import torch
-
-        told = SimpleNamespace(device=torch.device("cuda"), mixed_precision="bf16", world_size=2)
-        found = {}
-        for name in NAMES:
-            torch.cuda.get_device_name = lambda device, name=name: name  # no such device is here
-            found[name] = main.peak_flops(told)
-        return found
-
-    assert in_child(peaks) == {name: pytest.approx(2e12 * peak) for name, peak in NAMES.items()}
-
-
 # ── What changes the weights, and what does not ──────────────────────────────────────────────────────────────────────
 
 
@@ -284,14 +342,15 @@ SAME = {  # the same chunks in a step, in other portions
 @pytest.mark.slow
 @pytest.mark.parametrize("name", SAME)
 def test_the_effective_batch_decides_the_training(name, two_epochs, two_epochs_trained, tmp_path):
-    """F9, F11, F16, B13: equal losses and final weights to 1e-4, however a batch of 4 is made up."""
+    """F9, F11, F16, B13, L3: equal losses and final weights to 1e-4, however a batch of 4 is made up."""
     one, words = two_epochs_trained, [*two_epochs, *SAME[name], "--output_dir", tmp_path / "out"]
     done = launch(*two_processes(), *words) if name == "in two processes" else run(*words)
     assert done.status == 0, done.err
     assert losses(tmp_path / "out") == pytest.approx(losses(one), rel=1e-4) and len(losses(one)) == 12
     assert in_child(close_weights, one, tmp_path / "out") < 1e-4
     mine, other = results(tmp_path / "out", "eval"), results(one, "eval")
-    assert mine["eval_loss"] == pytest.approx(other["eval_loss"], rel=1e-4)  # 13 chunks: uneven over two processes
+    for figure in ("eval_loss", "bits_per_byte"):  # of 13 chunks: uneven over two processes
+        assert mine[figure] == pytest.approx(other[figure], rel=1e-4)
 
 
 @pytest.mark.slow
@@ -372,14 +431,15 @@ def test_looking_does_not_change_the_training(two_epochs, two_epochs_trained, tm
 
 @pytest.mark.parametrize("batch", [1, 5, 13])
 def test_the_evaluation_loss_does_not_depend_on_the_batch(batch, two_epochs, two_epochs_trained, tmp_path):
-    """F10, B9: the last batch may be short; the value is plain transformers' on the saved model."""
+    """F10, B9, L3: the last batch may be short; the values are plain transformers', of the chunks that are used."""
     model = two_epochs_trained
     finish("--model_name_or_path", model, *two_epochs[2:], "--do_eval", "--output_dir", tmp_path / "out",
            "--per_device_eval_batch_size", batch)  # fmt: skip
-    measured = results(tmp_path / "out", "eval")
-    expected = in_child(lambda: plain_loss(model, chunks_of(model, two_epochs[5], 64)[:13]))
-    assert measured["eval_loss"] == pytest.approx(expected, rel=1e-4)
-    assert measured["perplexity"] == pytest.approx(math.exp(measured["eval_loss"]))
+    mine = results(tmp_path / "out", "eval")
+    loss, bits = in_child(measured, model, two_epochs[5], 64, 13)
+    assert mine["eval_loss"] == pytest.approx(loss, rel=1e-6)
+    assert mine["perplexity"] == pytest.approx(math.exp(mine["eval_loss"]))
+    assert mine["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
 
 
 PROBE = """
