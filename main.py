@@ -171,7 +171,7 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add("--ddp_timeout", type=count, default=600, help="seconds a process waits for the others")  # then the run ends
     add("--ddp_backend", choices=("nccl", "gloo"), help="unset: nccl, on CPUs gloo")  # the library that sums gradients
     add("--ddp_comm_hook", choices=("bf16",), help="send gradients in bfloat16")  # for slow networks
-    add("--seed", type=bounded(int, 0), default=42, help="of the order of chunks and new weights")  # dropout
+    add("--seed", type=bounded(int, 0), default=42, help="of chunks' order, new weights, dropout")  # chance
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # a name from run_clm.py
     add("--do_eval", **switch, help="given alone: only evaluate on the validation data")  # and no training
     words = sys.argv[1:] if argv is None else argv  # tests pass words of their own
@@ -205,11 +205,11 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     files = args.train_file + args.validation_file  # absolute paths
     die_if(args.dataset_name and files,  # data given twice
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
-    die_if("--sample_by" in args.given and ".txt" not in str(files).lower(),  # it would change nothing
-           "--sample_by is for .txt files; of this data each row is a text: leave it out")
     die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
     need = "validation_file" if eval_only else "train_file"  # the data that this call cannot do without
     die_if(not (args.dataset_name or vars(args)[need]), f"no data: give --dataset_name or --{need}")  # nothing to read
+    die_if("--sample_by" in args.given and ".txt" not in str(files).lower(),  # no .txt file is given
+           "--sample_by is for .txt files; of this data each row is a text: leave it out")
     die_if(eval_only and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")  # a model, too
     die_if(eval_only and run, f"--output_dir {output} holds a training run: choose another for --do_eval")  # unmixed
     die_if(exists(f"{model}/adapter_config.json"),  # of PEFT, alone or beside its base
@@ -257,14 +257,15 @@ class Signals:  # what has been received, and what becomes of it
         for number in STOPS:  # both mean: stop, but lose nothing
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
         os.register_at_fork(  # data loaders inherit what is blocked: Ctrl-C and Slurm signal every process
-            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # they stay deaf to it
-            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # this process is not
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # in loaders for ever
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # not here
+        sys.unraisablehook = lambda lost: (  # Python drops what receive() raises in such a hook or a destructor
+            threading.Timer(0.1, os.kill, (os.getpid(), self.received)).start()  # the same signal once more
+            if ending(lost.exc_value) else sys.__unraisablehook__(lost))  # prints any other error
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # launchers set these
             self.launcher = os.getppid()  # accelerate passes no signal on to a single process
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the launcher dies
     def receive(self, number, frame):  # noted in training; else, or when repeated after 3 seconds, the end
-        if number in signal.pthread_sigmask(signal.SIG_BLOCK, ()):  # a fork: Python would drop the end
-            return signal.pthread_kill(threading.get_ident(), number)  # this thread gets it when it unblocks
         if self.launcher:  # the launcher's death arrives as a SIGTERM
             time.sleep(0.1)  # Linux signals a moment before getppid() changes
             number = number if self.launcher == os.getppid() else signal.SIGKILL  # 9 stands for the launcher's death
@@ -282,7 +283,7 @@ class Signals:  # what has been received, and what becomes of it
         die(f"stopped by {name}{saved}; the same command again goes on", 1 if lost else 128 + number)  # 128 + 15 or 2
 
 # ── The answer, and behind it the imports ──────────────────────────────────────────────────────────
-if __name__ == "__main__":  # not where tests or worker processes import this file
+if __name__ == "__main__":  # not where tests import this file
     SIGNALS = Signals()  # from here on a signal ends the run with a sentence
     with reported():  # --help and a slip are answered in 0.06 s
         try:  # a wrong call ends in here
@@ -428,8 +429,7 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
            f"--torch_compile_mode {mode}: known are default and max-autotune-no-cudagraphs; the others use "
            "CUDA graphs, which cannot add up the gradients of several batches")
     known = torch._dynamo.list_backends(())  # names, with those for tests
-    die_if(backend not in (None, *known),  # a misspelt name
-           f"--torch_compile_backend {backend}: known are {', '.join(known)}")
+    die_if(backend not in (None, *known), f"--torch_compile_backend {backend}: known are {', '.join(known)}")  # typo
     wanted = not forbidden and bool(plan.torch_compile or backend or mode)  # any of them
     args.torch_compile = wanted and {"backend": backend or "inductor", "mode": mode}  # or False
     plan.torch_compile = plan.torch_compile_backend = plan.torch_compile_mode = None  # each would compile all
@@ -600,7 +600,6 @@ def refuse_other_run(run, resume):  # called twice: for the flags, then with dat
     other = resume.path and differences(resume.settings, run.settings)  # "" if nothing differs
     die_if(other, f"{resume.path} belongs to a run with other settings: {other}. "  # else neither is right
            "Give the old ones to go on; for a new run another --output_dir (the model as --model_name_or_path)")
-
 def rotate(output_dir, limit, protected):  # keep the newest `limit` checkpoints and the protected paths
     names = [name for name in os.listdir(output_dir) if re.fullmatch(r"checkpoint-\d+", name)]  # all whole
     kept = {realpath(path) for path in protected if path}  # however --output_dir is written
@@ -652,7 +651,7 @@ def load_model(args):  # from the hub, its cache or a directory
     name = args.model_name_or_path  # a hub name or a directory
     flag = "--model_name_or_path"  # names the flag in sentences
     config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
-    args.save_dtype = args.save_dtype or str(config.get_text_config().dtype or torch.float32)[6:]  # behind "torch."
+    args.save_dtype = args.save_dtype or str(config.dtype or torch.float32)[6:]  # without "torch."
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # else an empty one is made
     tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
@@ -725,7 +724,7 @@ def try_attention(config, device, dtype):  # → "", or by how much windowed_att
 
 def use_windowed_attention(model):  # where there is a kernel for it, and it gives what sdpa gives
     dtype = product_dtype(model.get_input_embeddings().weight)  # bfloat16 with --bf16
-    kind = (model.config.model_type, model.config._attn_implementation, model.device.type)  # others mask otherwise
+    kind = (model.config.model_type, model.config._attn_implementation, model.device.type)  # Gemma 3
     fits = kind == ("gemma3_text", "sdpa", "cuda") and dtype != torch.float32  # what its kernel is made for
     if fits and tried("windowed attention", try_attention, model.config, model.device, dtype):  # since Ampere
         transformers.AttentionInterface.register("windowed", windowed_attention)  # "flash" means a package
@@ -846,7 +845,7 @@ def use_chunked_loss(model):  # replaces the model's own loss
             hidden.flatten(0, 1), head.weight, labels.flatten(), softcap, torch.is_grad_enabled())  # train
         if num_items_in_batch is None:  # tokens that are learnt from in the step
             num_items_in_batch = (labels != -100).sum().clamp(min=1)  # never 0: 0/0 is no number
-        return {"loss": total / num_items_in_batch, "token_losses": losses.view(labels.shape)}  # as named above
+        return {"loss": total / num_items_in_batch, "token_losses": losses.view(labels.shape)}  # by token
     def trial():  # → "" if eight tokens cost the same by both losses
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # more than one matrix
             return "this model's own head holds all logits"  # as plain transformers does
@@ -913,8 +912,8 @@ def compile_layers(model, plain, batch, length, options):  # B, T, arguments of 
 # Text becomes chunks of one length, without padding: each token read is in one chunk, or in the report.
 # Each step is cached in memory-mapped Arrow files: memory stays flat, and the next run starts at once.
 # In a chunk ~id stands for a token that is seen and never predicted: BOS, which no text calls for.
-# A row is a text, or a piece of a document. Its `part` is a sum: does a text begin here (BOS goes before it), does
-# one end here (EOS may go behind it), may it be cut to a chunk, has the text a BOS or an EOS of its own?
+# A row is a text, or a piece of a document. Its `_marks` are a sum: does a text begin here (BOS goes before it),
+# does one end here (EOS may go behind it), may it be cut to a chunk, has it a BOS or an EOS of its own?
 BEGINS, ENDS, CUT, HAD_BOS, HAD_EOS = (2**bit for bit in range(5))  # 1, 2, 4, 8, 16
 TEXT = BEGINS + ENDS + CUT  # a row that is a text of its own
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer, whose working memory is about 100 times that
@@ -930,7 +929,7 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
         del files["train"]  # training text would be read for nothing
     texts = load_named_dataset(args, list(files)) if args.dataset_name else {}  # split → rows
     size = PIECE if ".txt" not in str(files).lower() or splits_at_lines(tokenizer) else math.inf  # inf: whole
-    schema = {"text": datasets.Value("large_string"), "part": datasets.Value("int8")}  # for gigabytes
+    schema = {"text": datasets.Value("large_string"), "_marks": datasets.Value("int8")}  # 64-bit offsets
     for split in [split for split in files if files[split]]:  # all files are read first: faults show early
         kwargs = {"files": tuple(files[split]), "column": args.text_column,  # datasets would split up a list
                   "sample_by": args.sample_by, "size": size}  # of .txt files
@@ -967,7 +966,7 @@ def load_named_dataset(args, wanted):  # wanted: names of splits, of which the f
         die_if(kind not in ("string", "large_string"),  # numbers, lists, nulls, pictures
                f"{name}, split {split}: column {args.text_column!r} holds {kind}, not text: see --text_column")
         rows = rows.select_columns([args.text_column])  # other columns are not read from the disk
-        splits[split] = rows.add_column("part", np.full(len(rows), TEXT, np.int8))  # next to the text
+        splits[split] = rows.add_column("_marks", np.full(len(rows), TEXT, np.int8))  # next to the text
     return splits  # memory-mapped: nothing is in memory so far
 
 def cached(name, generator, kwargs, cache_dir, rebuild, features=None):  # → Dataset of generator(**kwargs)
@@ -979,7 +978,7 @@ def cached(name, generator, kwargs, cache_dir, rebuild, features=None):  # → D
     return builder.as_dataset(split=name)  # memory-mapped: read from the disk only where touched
 
 def read_texts(files, column, sample_by, size):  # a generator: in memory is one row, or one JSON array
-    """Yield {"text": str or None, "part": int} for each row, in order. Raises: SystemExit(2), with place."""
+    """Yield {"text": str or None, "_marks": int} for each row, in order. Raises: SystemExit(2), with place."""
     rows = 0  # rows of all files so far, blank ones too
     for path in files:  # formats may be mixed
         kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # such as ".jsonl", also for x.jsonl.gz
@@ -987,7 +986,7 @@ def read_texts(files, column, sample_by, size):  # a generator: in memory is one
             found = read_txt(path, column, sample_by, size)  # rows made of lines
         else:  # datasets' own reader of CSV would take NA for null
             found = read_csv(path) if kind == ".csv" else read_json(path)  # each row is a text
-        for place, row, part in found:  # place (str) names file and line; datasets' errors do not
+        for place, row, marks in found:  # place (str) names file and line; datasets' errors do not
             rows += 1  # an empty file is an error below
             if not isinstance(row, dict):  # a bare string, number or list
                 die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # an example
@@ -998,7 +997,7 @@ def read_texts(files, column, sample_by, size):  # a generator: in memory is one
                     "choose another with --text_column, or put quotes around it")
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
                 die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")  # no UTF-8
-            yield {"text": text, "part": part}  # one row of the cache; null counts as blank later
+            yield {"text": text, "_marks": marks}  # one row of the cache; null counts as blank later
     die_if(not rows, f"{', '.join(files)}: no rows; check how it was written")  # a lone header, or []
 
 def read_lines(path):  # → (place, line); a line ends with \n; the file may be gzipped, and larger than memory
@@ -1018,29 +1017,29 @@ def read_lines(path):  # → (place, line); a line ends with \n; the file may be
         except (OSError, EOFError, gzip.zlib.error) as error:  # a bad disk; a .gz cut short, or none at all
             die(f"{path} cannot be read to its end: {error}")  # in the words of Linux or of gzip
 
-def read_txt(path, column, sample_by, size):  # → (place, {column: str}, part) of a .txt file
+def read_txt(path, column, sample_by, size):  # → (place, {column: str}, marks) of a .txt file
     document = sample_by == "document"  # comes in pieces of whole lines, about size characters each
     text = ""  # the lines of a row
-    part = BEGINS if document else BEGINS + CUT  # ENDS is added to the last lines of a text
+    marks = BEGINS if document else BEGINS + CUT  # ENDS is added to the last lines of a text
     for place, line in read_lines(path):  # a line has its line break
         blank = line.isspace()  # separates paragraphs
-        ends = {"line": True, "paragraph": blank, "document": len(text) > size and not blank}  # of rows
+        ends = {"line": True, "paragraph": blank, "document": len(text) > size and not blank}  # ends a row?
         if text and ends[sample_by]:  # a row ends with the line before this one
-            yield place, {column: text}, part if document else part + ENDS  # the document goes on
+            yield place, {column: text}, marks if document else marks + ENDS  # the document goes on
             text = ""  # the next row
-            part = 0 if document else part  # the second piece of a document begins no text
+            marks = 0 if document else marks  # the second piece of a document begins no text
         if not blank or sample_by != "paragraph":  # lines between paragraphs belong to none
             text += line  # line breaks are text
     if text:  # a file of paragraphs may end with a blank line
-        yield path, {column: text}, part + ENDS  # the last row
+        yield path, {column: text}, marks + ENDS  # the last row
 
 def splits_at_lines(tokenizer):  # → bool: do the pieces of a document have the ids of the whole?
     lines = ["One\n", "  two.\n\n", "\tthree \n", "4\n\n\n", "    five)\n", " six\n\n", "seven"]  # pieces
     whole, *pieces = tokenizer(["".join(lines), *lines], add_special_tokens=False)["input_ids"]  # 8 lists
-    across = re.search("[\nĊ][^\nĊ\0]", "\0".join(tokenizer.get_vocab()))  # a token with a line break before a letter
+    across = re.search("[\nĊ][^\nĊ\0]", "\0".join(tokenizer.get_vocab()))  # a token that goes on behind one
     return whole == sum(pieces, []) and not across  # Gemma has no such token; Ċ is how GPT-2 writes a line break
 
-def read_csv(path):  # → (place, {column: str}, part); values in quotes may span lines
+def read_csv(path):  # → (place, {column: str}, marks); values in quotes may span lines
     csv.field_size_limit(2**31 - 1)  # per cell; Python's own limit is 128 KiB
     rows = csv.reader((line for _, line in read_lines(path)), strict=True)  # strict: open quotes are errors
     try:  # csv.Error says what is wrong, rows.line_num where
@@ -1054,7 +1053,7 @@ def read_csv(path):  # → (place, {column: str}, part); values in quotes may sp
     except csv.Error as error:  # a quote left open, or text behind a closed one
         die(f"{path}, line {rows.line_num}: broken CSV: {error}")  # "unexpected end of data": an open quote
 
-def read_json(path):  # → (place, value, part) of each line of JSON, or of each item of one JSON array
+def read_json(path):  # → (place, value, marks) of each line of JSON, or of each item of one JSON array
     first = next((line for _, line in read_lines(path) if line.strip()), "")  # tells the two layouts apart
     array = first.lstrip().startswith("[")  # an array is parsed whole: take lines for gigabytes
     text = array and "".join(line for _, line in read_lines(path))  # "" for lines, which are read one by one
@@ -1067,7 +1066,6 @@ def read_json(path):  # → (place, value, part) of each line of JSON, or of eac
                 "the file must hold one object a line or one array of objects")
         for item, value in enumerate(values if array or not part.strip() else [values], 1):  # counted from 1
             yield f"{path}, item {item}" if array else place, value, TEXT  # lines mean little in an array
-
 def check_column(place, column, columns):  # place (str): where, for the sentence; columns: all names
     if column not in columns:  # misspelt, or the default "text" that the data lacks
         names = [str(name) for name in columns]  # a header's cells or an object's keys
@@ -1078,14 +1076,13 @@ def special_ids(tokenizer, add_eos):  # → (ids before each text, ids behind it
     ids = tokenizer.encode("a")  # with all that this tokenizer adds
     start = [~token for token in ids[:1] if token == tokenizer.bos_token_id]  # [] if it puts no BOS there
     return start, [tokenizer.eos_token_id] * (add_eos or ids[-1] == tokenizer.eos_token_id)  # some always do
-
 def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of report for the split, and notes
-    """Tokenize and pack rows (a Dataset of text and part); report what became of them. Returns: Dataset."""
+    """Tokenize and pack rows (a Dataset of text and _marks); report what became of them. Returns: Dataset."""
     start, end = special_ids(tokenizer, args.add_eos)  # lists of ids
-    recipe = (tokenize_texts, rows._fingerprint, tokenizer.backend_tokenizer.to_str(), start, end)  # of all ids
-    key = Hasher.hash(recipe)  # hashing the tokenizer object would take four seconds
+    recipe = (tokenize_texts, rows._fingerprint, start, end, tokenizer.bos_token_id, tokenizer.eos_token_id)  # ids
+    key = Hasher.hash((*recipe, tokenizer.backend_tokenizer.to_str()))  # the tokenizer object would take 4 s
     folder = os.path.expanduser(args.cache_dir or datasets.config.HF_DATASETS_CACHE)  # data may be read-only
-    kinds = {"input_ids": datasets.List(datasets.Value("int32")), "part": datasets.Value("int8")}  # columns
+    kinds = {"input_ids": datasets.List(datasets.Value("int32")), "_marks": datasets.Value("int8")}  # columns
     tokenized = rows.map(  # a batch at a time: memory stays flat
         tokenize_texts, desc=f"Tokenizing {split}",  # a batch of texts → a batch of lists of ids
         fn_kwargs={"tokenizer": tokenizer, "start": start, "end": end},  # the same for all batches
@@ -1093,13 +1090,13 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
         batched=True, batch_size=max(1, min(1000, TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes))),  # 1 MB
         features=datasets.Features(kinds), load_from_cache_file=not rebuild,  # 4 bytes an id
         new_fingerprint=key, cache_file_name=join(folder, f"tokenized-{key}.arrow"))  # found again by the key
-    read = (rows.data.column("part").to_numpy() & BEGINS).sum()  # texts: the pieces of a document are one
+    read = (rows.data.column("_marks").to_numpy() & BEGINS).sum()  # texts: the pieces of a document are one
     die_if(not len(tokenized), f"the {split} data holds no text: all {read:,} rows are blank")  # or null
     length = args.max_seq_length  # T, the tokens of a chunk
-    cut = CUT * (not args.no_truncation)  # in the part of rows that are cut
-    part = tokenized.data.column("part").to_numpy()  # of each row that is not blank
+    cut = CUT * (not args.no_truncation)  # 0: no text is cut
+    marks = tokenized.data.column("_marks").to_numpy()  # of each row that is not blank
     sizes = pc.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each row, int32
-    kept = np.where(part & cut, sizes.clip(max=length), sizes)  # tokens of each row that are packed
+    kept = np.where(marks & cut, sizes.clip(max=length), sizes)  # tokens of each row that are packed
     total = kept.sum()  # numpy adds int32 up in 64 bits
     lost = sizes.sum() - total  # tokens that truncation takes away
     die_if(total < length,  # text for less than one chunk
@@ -1108,44 +1105,44 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
     kwargs = {"files": (tokenized.cache_files[0]["filename"],), "length": length, "cut": cut, "bos": start}  # key
     chunks = cached(f"{split}_chunks", group_texts, kwargs, args.cache_dir, rebuild)  # of int32 ids
     added = pc.sum(chunks.data.column("added")).as_py()  # BOS before chunks that begin inside a text
-    log0(f"{split}: {read:,} rows read, {read - (part & BEGINS).sum():,} blank skipped, "  # no silent loss
+    log0(f"{split}: {read:,} rows read, {read - (marks & BEGINS).sum():,} blank skipped, "  # no silent loss
          f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept + {added:,} BOS "
          f"before chunks = {len(chunks):,} chunks of {length:,} + {total + added - len(chunks) * length:,} "
          "tokens dropped at the end")
-    bos, eos = ((part & had > 0).sum() for had in (HAD_BOS, HAD_EOS))  # texts with control words of their own
+    bos, eos = ((marks & had > 0).sum() for had in (HAD_BOS, HAD_EOS))  # numbers of texts
     if bos or eos:  # written by another program
-        log0(f"note     {bos:,} {split} texts begin with BOS, {eos:,} end with EOS: none gets a second one")  # counted
+        log0(f"note     {bos:,} {split} texts have a BOS, {eos:,} an EOS where one is added: none gets two")  # said
     if lost > 0.2 * sizes.sum():  # long documents, of which only the beginnings are learnt
         log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: see --no_truncation")  # much
     return chunks.select_columns(["input_ids"])  # what is learnt from
 
-def tokenize_texts(texts, parts, tokenizer, start, end):  # called by datasets.map
-    """Map list[str or None], list[int] to {"input_ids": list[list[int]], "part": list[int]}; none blank."""
-    rows = [row for row in zip(texts, parts, strict=True)  # pairs of text and part
-            if row[0] and not (row[0].isspace() and row[1] | CUT == TEXT)]  # a blank piece has line breaks
+def tokenize_texts(texts, marks, tokenizer, start, end):  # called by datasets.map
+    """Map list[str or None], list[int] to {"input_ids": list[list[int]], "_marks": list[int]}; none blank."""
+    rows = [row for row in zip(texts, marks, strict=True)  # pairs of a text and its marks
+            if row[0] and not (row[0].isspace() and row[1] | CUT == TEXT)]  # blank pieces stay
     texts = [text for text, _ in rows]  # without null
     codes = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # without offsets
     bos = tokenizer.bos_token_id  # 2 for Gemma
-    made = {"input_ids": [], "part": []}  # the columns of the result
-    for (_, part), code in zip(rows, codes, strict=True):  # a row at a time
+    made = {"input_ids": [], "_marks": []}  # the columns of the result
+    for (_, mark), code in zip(rows, codes, strict=True):  # a row at a time
         ids = code.ids  # of the text alone
-        if bos in ids and bos != tokenizer.eos_token_id:  # <bos> stands in the text; an EOS would be learnt
+        if bos in ids and bos != tokenizer.eos_token_id:  # <bos> in the text; if BOS is EOS, it is learnt
             ids = np.where(np.equal(ids, bos), np.invert(ids), ids).tolist()  # seen, not predicted
-        before = start * (part & BEGINS)  # [~2], or [] inside a document
-        behind = end * (part & ENDS > 0)  # [1] with --add_eos, else []
-        part += HAD_BOS * (ids[:1] == before != []) + HAD_EOS * (ids[-1:] == behind != [])  # for the report
-        made["input_ids"].append(before * (ids[:1] != before) + ids + behind * (ids[-1:] != behind))  # no second
-        made["part"].append(part)  # group_texts() looks for CUT
+        before = start * (mark & BEGINS)  # [~2], or [] inside a document
+        behind = end * (mark & ENDS > 0)  # [1] with --add_eos, else []
+        mark += HAD_BOS * (ids[:1] == before != []) + HAD_EOS * (ids[-1:] == behind != [])  # for the report
+        made["input_ids"].append(before * (ids[:1] != before) + ids + behind * (ids[-1:] != behind))  # one each
+        made["_marks"].append(mark)  # group_texts() looks for CUT
     return made  # lists of equal length
 
 def group_texts(files, length, cut, bos):  # Arrow files of tokenized texts → chunks, without padding
-    """Concatenate texts, `length` ids of those with cut in `part`; bos ([~id], []) begins chunks without it.
+    """Concatenate texts, `length` ids of those marked by cut; bos ([~id] or []) is put before chunks that lack it.
     Yields: {"input_ids": int32 array (length,), "added": 1 if such a BOS was put before it, else 0}."""
     tail = np.empty(0, np.int32)  # ids that are in no chunk yet: fewer than length
     for path in files:  # texts stay in their order
         with pa.OSFile(path) as source, pa.ipc.open_stream(source) as batches:  # streamed: memory stays flat
             for batch in batches:  # at most a thousand texts: 12 million ids take a fraction of a second
-                long = pc.not_equal(pc.bit_wise_and(batch["part"], cut), 0)  # True for texts that may be cut
+                long = pc.not_equal(pc.bit_wise_and(batch["_marks"], cut), 0)  # True: may be cut
                 texts = pc.if_else(long, pc.list_slice(batch["input_ids"], 0, length), batch["input_ids"])  # lists
                 ids = np.concatenate([tail, texts.flatten().to_numpy()])  # texts end to end, behind the tail
                 at = 0  # first of the ids that are in no chunk yet
@@ -1159,11 +1156,13 @@ def group_texts(files, length, cut, bos):  # Arrow files of tokenized texts → 
                 tail = ids[at:]  # first in the next batch; in the end, what the report calls dropped
 
 def text_bytes(chunks, tokenizer):  # → UTF-8 bytes of the text that is predicted in a Dataset of chunks
-    parts = [part.flatten().to_numpy() for part in chunks.data.column("input_ids").chunks]  # memory-mapped
-    ids = np.concatenate(parts).reshape(len(chunks), -1)[:, 1:]  # nothing predicts a chunk's first token
-    text = tokenizer.decode(ids[ids >= 0], skip_special_tokens=True, clean_up_tokenization_spaces=False)  # exact
-    return len(text.encode())  # control words, such as EOS, have none
-
+    words = tokenizer.convert_ids_to_tokens(range(1 + max(tokenizer.get_vocab().values())))  # "▁the", "<0x0A>"
+    words = [re.sub("^<0x..>$", "b", word or "").replace("▁", "b") for word in words]  # b: any letter of one byte
+    size = len if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder) else lambda word: len(word.encode())  # GPT-2
+    sizes = np.array([*map(size, words)])  # (V,): bytes of each token; GPT-2's tokens have a letter for each byte
+    sizes[tokenizer.all_special_ids] = 0  # control words are no text
+    ids = (p.flatten().to_numpy().reshape(len(p), -1)[:, 1:] for p in chunks.data.column("input_ids").chunks)  # (n, T)
+    return sum(sizes[some[some >= 0]].sum().item() for some in ids)  # no first token and no BOS is predicted
 def fingerprints(model, train, validation):  # → {"model", "train_data", "validation_data": SHA-256}
     odd = ("transformers_version", "_name_or_path", "use_cache", "dtype")  # keys that change no result
     config = {key: value for key, value in model.config.to_dict().items() if key not in odd}  # such as sliding_window
@@ -1241,7 +1240,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             speed = (self.tokens - self.before) / max(time.time() - self.logged, 1e-9)  # of all ranks
             seconds = time.time() - self.began  # of this call, evaluations and checkpoints included
             left = (self.state.max_steps - step) * seconds / max(step - self.first, 1)  # seconds to go
-            memory = torch.cuda.max_memory_allocated() or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # B
+            memory = torch.cuda.max_memory_allocated() or resource.getrusage(0).ru_maxrss * 1024  # bytes: the peak
             logs |= {"loss": loss / tokens,  # a mean over tokens: a short step counts for less
                      "tokens_per_second": round(speed), "tokens_seen": self.tokens,  # by all ranks
                      "peak_memory_gb": round(memory / 1e9, 2),  # near the GPU's size: time for REMEDIES
@@ -1259,19 +1258,19 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         with torch.random.fork_rng(devices=[]):  # the data loader draws a random number
             metrics = super().evaluate(*rest, **named)  # eval_loss and more, from compute_metrics
         self.start_stopwatch()  # an evaluation is no time of training
-        return metrics | {name: metrics["eval_" + name] for name in ("perplexity", "bits_per_byte")}  # as run_clm
+        return metrics | {name: metrics["eval_" + name] for name in ("perplexity", "bits_per_byte")}  # both names
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # → None, (B,), (B,)
         inputs = self._prepare_inputs(inputs)  # {"input_ids", "labels"}: (B, T), int64, on the device
-        learnt = (inputs["labels"][:, 1:] != -100).sum(1)  # (B,): predicted tokens of each chunk
+        labels = inputs["labels"][:, 1:]  # (B, T - 1): what is to be predicted
+        learnt = (labels != -100).sum(1)  # (B,): predicted tokens of each chunk
         with torch.no_grad():  # accelerate has put autocast into the model
             result = model(**inputs)  # the model shifts the labels
             if "token_losses" in result:  # our loss: (B, T - 1), one of each token
                 losses = result["token_losses"].sum(1)  # (B,): of each chunk
             else:  # a model with a loss of its own, which may hold more than cross entropy
                 scores = result.logits[:, :-1].float().transpose(1, 2)  # (B, V, T - 1)
-                cross_entropy = torch.nn.CrossEntropyLoss(reduction="none")  # 0 where the label is -100
-                losses = cross_entropy(scores, inputs["labels"][:, 1:]).sum(1)  # (B,): of each chunk
+                losses = torch.nn.functional.cross_entropy(scores, labels, reduction="none").sum(1)  # (B,)
         return None, losses, learnt  # the Trainer gathers them and drops chunks that filled up a batch
 
     def on_save(self, args, state, control, **_):  # publishes what the Trainer has written into .staging
@@ -1307,13 +1306,13 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
             args.eval_delay *= epoch_steps if kind == "eval" else 1  # --eval_delay: from epochs to steps
     collator = transformers.DataCollatorForLanguageModeling(tokenizer, mlm=False)  # predict the next token
     def collate(rows):  # rows → a batch: input_ids and labels (B, T), int64; on the CPU, while the GPU works
-        ids = collator([row["input_ids"] for row in rows])["input_ids"]  # its labels lack pad, perhaps EOS
-        return {"input_ids": torch.where(ids < 0, ~ids, ids), "labels": ids.masked_fill(ids < 0, -100)}  # ~id
+        ids = collator([row["input_ids"] for row in rows])["input_ids"]  # the collator's labels lack pad
+        return {"input_ids": torch.where(ids < 0, ~ids, ids), "labels": ids.masked_fill(ids < 0, -100)}  # BOS
     size = validation and text_bytes(validation, tokenizer)  # of the text that an evaluation predicts
     def scores(seen):  # predictions, label_ids: (chunks,) sums of losses, and predicted tokens, of each chunk
         nats = seen.predictions.sum(dtype=float)  # -log p of all that is predicted
-        loss = nats / seen.label_ids.sum()  # each token counts once
-        bits = nats / math.log(2) / size  # for each byte of text: comparable between tokenizers
+        loss = nats / max(1, seen.label_ids.sum())  # each token counts once
+        bits = nats / math.log(2) / max(1, size)  # a byte of text: comparable between tokenizers
         return {"loss": loss, "perplexity": math.exp(min(loss, 700)), "bits_per_byte": bits}  # exp(710) overflows
     args.accelerator_config.non_blocking = args.dataloader_pin_memory  # a GPU works while a batch is copied
     trainer = FineTuner(  # train() makes optimizer and schedule
@@ -1334,7 +1333,7 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         if compiler := train and run.settings["torch_compile"]:  # asked for; evaluations run uncompiled
             if args.activation_checkpointing:  # as the Trainer will do it: else the trial might not fit
                 options = (args.activation_checkpointing_kwargs or {}).items()  # of torch.utils.checkpoint
-                options = {key: value for key, value in options if key not in ("every_n_layers", "offload")}  # others
+                options = {key: value for key, value in options if key not in ("every_n_layers", "offload")}  # torch's
                 model.activation_checkpointing_enable(options or None)  # None: defaults
             log0("Compiling the layers: this takes a minute or two.")  # else a long silence
             shape = (min(args.train_batch_size, len(train)), trainer.length)  # B, T
@@ -1374,7 +1373,7 @@ def print_plan(args, training_args, trainer, train, validation):  # what is abou
         log0(f"batch    {args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps}"  # in chunks
              f" accumulation × {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "
-             f"warm-up {warmup:,} steps", *(f"note     {note}" for note in notes if notes[note]))  # with notes
+             f"warm-up {warmup:,} steps", *(f"note     {note}" for note in notes if notes[note]))  # and notes
         free = shutil.disk_usage(args.output_dir).free  # bytes, of the disk that holds output_dir
         needed = (args.save_total_limit + 1 - len(  # checkpoints still to come, in bytes
             glob("checkpoint-*", root_dir=args.output_dir))) * 12 * size  # 12 bytes: a weight, Adam's two
@@ -1395,12 +1394,13 @@ def train_and_save(trainer, run, resume, dtype):  # train, evaluate, publish; a 
         run.signals.leave(signalled, " after the last step")  # the same command makes the finished model
     staging = trainer.args.output_dir  # a kill leaves no half model in output_dir
     trainer.model.config.use_cache = True  # for config.json: training needs no cache, generation does
-    for weight in trainer.model.parameters():  # the finished model is as large as its base
-        weight.data = weight.data.to(dtype).float()  # rounded; checkpoints keep all digits
+    for weight in trainer.model.parameters():  # by default in 16 bits, as Gemma is published
+        weight.data = weight.data.to(dtype)  # rounded; checkpoints keep all digits
+    trainer.save_model()  # model.safetensors, config.json, tokenizer
+    for weight in trainer.model.parameters():  # what was saved is evaluated
+        weight.data = weight.data.float()  # exact
     if trainer.eval_dataset is not None:  # has the model learnt, or memorized?
         save_results(trainer, "eval", trainer.evaluate())  # of the weights that are published
-    trainer.model.to(dtype)  # loses nothing any more
-    trainer.save_model()  # model.safetensors, config.json, tokenizer
     save_results(trainer, "train", metrics)  # speed and loss of all calls
     if run.ranks.rank == 0:  # rank 0 writes and renames for all
         keep = {trainer.state.best_model_checkpoint, run.chosen}  # never deleted, however old
@@ -1449,7 +1449,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
             refuse_other_run(run, found)  # flags, before minutes of work
     resume = ranks.gather(found)[0]  # all ranks take what rank 0 has found
     if resume.path == args.output_dir:  # the finished model is there, and whole
-        log0(f"This run finished at step {resume.state.global_step:,}: nothing is left to train. "  # no error
+        log0(f"This run finished at step {resume.state.global_step:,}: nothing is left to train or save. "  # no error
              f"To train further, give --model_name_or_path {args.output_dir} and another --output_dir.")
         return  # exit status 0, before data and weights are loaded
     with ranks.together():  # phase: the model, float32 and still on the CPU

@@ -104,7 +104,7 @@ def test_packing_does_not_depend_on_batches(tmp_path, texts, length, truncate, b
         files.append(str(tmp_path / f"{number % 2}-{number}.arrow"))
         columns = {
             "input_ids": pa.array(texts[start:end], pa.list_(pa.int32())),
-            "part": pa.array(cut[start:end], pa.int8()),
+            "_marks": pa.array(cut[start:end], pa.int8()),
         }
         table = pa.table(columns)
         with pa.OSFile(files[-1], "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
@@ -303,10 +303,10 @@ BLOCKS = ["Roses\n  are red,\n", "violets\n", "are blue.\n", "The end, without a
 
 
 def rows_of(folder, text, sample_by, size=10**9):
-    """The rows that a .txt file of this text becomes: (text, part) pairs."""
+    """The rows that a .txt file of this text becomes: (text, marks) pairs."""
     path = folder / "some.txt"
     path.write_text(text)
-    return [(row["text"], row["part"]) for row in main.read_texts([str(path)], "text", sample_by, size)]
+    return [(row["text"], row["_marks"]) for row in main.read_texts([str(path)], "text", sample_by, size)]
 
 
 def test_a_txt_file_is_one_document_unless_lines_or_paragraphs_are_asked_for(tmp_path):
@@ -398,7 +398,7 @@ def test_control_words_in_texts_become_their_tokens_and_none_is_doubled(tiny, tm
     common = ["--train_file", path, "--max_seq_length", 8, "--no_truncation"]
     for flags, ends in (([], 0), (["--add_eos"], 2)):
         train, _, tokenizer = prepare(tiny, tmp_path, *common, *flags)
-        noted = re.search(r"note +(\d+) train texts begin with BOS, (\d+) end with EOS", capsys.readouterr().out)
+        noted = re.search(r"note +(\d+) train texts have a BOS, (\d+) an EOS", capsys.readouterr().out)
         assert [int(number) for number in noted.groups()] == [2, ends]
         words = ("one", "two", "three", "four ", " five", "six", "seven")
         one, two, three, four, five, six, seven = tokenizer([*words], add_special_tokens=False)["input_ids"]
@@ -413,7 +413,7 @@ def test_control_words_in_texts_become_their_tokens_and_none_is_doubled(tiny, tm
 def test_texts_without_control_words_get_no_note(tiny, tmp_path, texts, capsys):
     """L7: the note is for texts that bring their own."""
     prepare(tiny, tmp_path, "--train_file", texts[0], "--max_seq_length", 64)
-    assert "end with EOS" not in capsys.readouterr().out
+    assert "none gets two" not in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("flags, end", [([], "without"), (["--add_eos"], "with")])
