@@ -104,7 +104,6 @@ def bounded(kind, low, above=False):  # a type for argparse: a finite int or flo
         return value  # what args will hold
     read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse puts this name into its sentence
     return read  # argparse calls read() on each value
-
 def trainer_flags():  # names of the Trainer's 114 flags, read from its source in milliseconds
     package = importlib.util.find_spec("transformers")  # importing transformers would take seconds
     die_if(package is None, "transformers is not installed: pip install -r requirements.txt")  # a new machine
@@ -260,8 +259,9 @@ class Signals:  # what has been received, and what becomes of it
             before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # in loaders for ever
             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # not here
         sys.unraisablehook = lambda lost: (  # Python drops what receive() raises in such a hook or a destructor
-            threading.Timer(0.1, os.kill, (os.getpid(), self.received)).start()  # the same signal once more
-            if ending(lost.exc_value) else sys.__unraisablehook__(lost))  # prints any other error
+            threading.Timer(0.01, lambda: signal.getsignal(self.received) == self.receive  # still at work
+                            and os.kill(os.getpid(), self.received)).start()  # the same signal once more
+            if isinstance(lost.exc_value, SystemExit) else sys.__unraisablehook__(lost))  # prints other errors
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # launchers set these
             self.launcher = os.getppid()  # accelerate passes no signal on to a single process
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the launcher dies
@@ -284,8 +284,8 @@ class Signals:  # what has been received, and what becomes of it
 
 # ── The answer, and behind it the imports ──────────────────────────────────────────────────────────
 if __name__ == "__main__":  # not where tests import this file
-    SIGNALS = Signals()  # from here on a signal ends the run with a sentence
     with reported():  # --help and a slip are answered in 0.06 s
+        SIGNALS = Signals()  # from here on a signal ends the run with a sentence
         try:  # a wrong call ends in here
             ARGS = parse_args()  # checked as far as possible without torch
         except SystemExit as slip:  # --help, with status 0, or a wrong call

@@ -423,6 +423,26 @@ def test_the_plan_says_how_texts_begin_and_end(tiny, train, tmp_path, flags, end
     assert f"texts begin with BOS, end {end} EOS" in done.out
 
 
+def test_bytes_are_those_of_the_predicted_text_also_where_a_character_is_cut(tiny, tmp_path):
+    """L3: rare characters are several tokens, one for each byte of them, which may be in two chunks or cut away."""
+    rows = ["🙂 ünï 🙂", "plain", "<bos>x<eos> ✓"] * 9
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    for folder in (tiny, tmp_path / "gemma-like"):
+        tokenizer = AutoTokenizer.from_pretrained(tiny) if folder == tiny else line_tokenizer(tiny, folder, True)
+        for length in (3, 5, 8):
+            flags = ["--train_file", path, "--max_seq_length", length, "--model_name_or_path", tiny, "--output_dir",
+                     tmp_path / "out", "--cache_dir", tmp_path / "cache"]  # fmt: skip
+            train, _ = main.load_and_prepare_dataset(main.parse_args([str(word) for word in flags]), tokenizer)
+            size = 0
+            for chunk in train["input_ids"][:]:
+                for token in tokenizer.convert_ids_to_tokens([token for token in chunk if token > 3]):
+                    if folder == tiny:  # each of its letters is a byte
+                        size += len(token)
+                    else:
+                        size += 1 if token.startswith("<0x") else len(token.replace("▁", " ").encode())
+            assert main.text_bytes(train, tokenizer) == size > 0
+
+
 def test_a_tokenizer_without_bos_makes_chunks_without_bos(tiny, tmp_path):
     """L1: BOS is put only where the tokenizer itself begins a text with it."""
     tokenizer = AutoTokenizer.from_pretrained(tiny)

@@ -160,6 +160,14 @@ def test_the_finished_model_has_the_dtype_of_its_base_and_is_what_was_evaluated(
     assert abs(figures[0] / figures[1] - 1) > 5e-6  # the rounding can be told from the figures
 
 
+def test_an_evaluation_in_16_bits_does_not_round_the_finished_model(tiny, tmp_path, texts):
+    """L6, F24: --bf16_full_eval casts the model in place, after it was saved."""
+    output = tmp_path / "out"
+    argv = short_run(tiny, texts, output, "--max_steps", 2, "--gradient_accumulation_steps", 1)
+    finish(*argv, "--bf16_full_eval", "--eval_strategy", "no")
+    assert in_child(same_weights, output, output / "checkpoint-2")
+
+
 def test_do_eval_alone_only_evaluates(finished, tmp_path):
     """B9: the base model's or a finished model's perplexity without training; no training data is needed."""
     output, _, texts, _ = finished
