@@ -297,7 +297,7 @@ quickstart() {  # the whole way, for two cores and no GPU
         --per_device_train_batch_size 2 --gradient_accumulation_steps 1  # 2 × 512 = 1,024 tokens a step
         --max_steps 16 --warmup_steps 3 --learning_rate 5e-5  # a short run with small batches
         --logging_steps 2 --save_total_limit 1  # 8 points on the curve
-        --eval_strategy no  # only the evaluation at the end
+        --eval_on_start --eval_steps 4  # 5 points on the curve of the held-out chapters
         "$@" --output_dir quickstart/model  # last: places cannot be changed
     )
     show "${training[@]}"  # works with any other files
