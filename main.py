@@ -255,11 +255,11 @@ class Signals:  # what has been received, and what becomes of it
         self.launcher = 0  # process id of accelerate or torchrun, 0 without one
         for number in STOPS:  # both mean: stop, but lose nothing
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
-        os.register_at_fork(  # data loaders inherit what is blocked: Ctrl-C and Slurm signal every process
-            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # in loaders for ever
-            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # not here
+        os.register_at_fork(  # data loaders inherit the mask: Ctrl-C signals every process
+            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # data loaders are deaf
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # heard again
         sys.unraisablehook = lambda lost: (  # Python drops what receive() raises in such a hook or a destructor
-            threading.Timer(0.01, lambda: signal.getsignal(self.received) == self.receive  # still at work
+            threading.Timer(0.01, lambda: signal.getsignal(self.received) == self.receive  # still running
                             and os.kill(os.getpid(), self.received)).start()  # the same signal once more
             if isinstance(lost.exc_value, SystemExit) else sys.__unraisablehook__(lost))  # prints other errors
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # launchers set these
@@ -651,7 +651,7 @@ def load_model(args):  # from the hub, its cache or a directory
     name = args.model_name_or_path  # a hub name or a directory
     flag = "--model_name_or_path"  # names the flag in sentences
     config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
-    args.save_dtype = args.save_dtype or str(config.dtype or torch.float32)[6:]  # without "torch."
+    args.save_dtype = args.save_dtype or str(config.dtype or torch.float32)[6:]  # "bfloat16"
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # else an empty one is made
     tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
@@ -933,7 +933,7 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
     for split in [split for split in files if files[split]]:  # all files are read first: faults show early
         kwargs = {"files": tuple(files[split]), "column": args.text_column,  # datasets would split up a list
                   "sample_by": args.sample_by, "size": size}  # of .txt files
-        texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # rows
+        texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # as rows
     chunks = {}  # split → Dataset of chunks
     for split in list(texts):  # list(): pop() shrinks texts in the loop
         packed = pack_split(split, texts.pop(split), tokenizer, args, rebuild)  # frees each after its use
@@ -1036,7 +1036,7 @@ def read_txt(path, column, sample_by, size):  # → (place, {column: str}, marks
 def splits_at_lines(tokenizer):  # → bool: do the pieces of a document have the ids of the whole?
     lines = ["One\n", "  two.\n\n", "\tthree \n", "4\n\n\n", "    five)\n", " six\n\n", "seven"]  # pieces
     whole, *pieces = tokenizer(["".join(lines), *lines], add_special_tokens=False)["input_ids"]  # 8 lists
-    across = re.search("[\nĊ][^\nĊ\0]", "\0".join(tokenizer.get_vocab()))  # a token that goes on behind one
+    across = re.search("[\nĊ][^\nĊ\0]", "\0".join(tokenizer.get_vocab()))  # a token past a break
     return whole == sum(pieces, []) and not across  # Gemma has no such token; Ċ is how GPT-2 writes a line break
 
 def read_csv(path):  # → (place, {column: str}, marks); values in quotes may span lines
@@ -1102,7 +1102,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
     die_if(total < length,  # text for less than one chunk
            f"the {split} data has {total:,} tokens, {length - total:,} too few for one chunk of {length:,}: "
            f"add text, or give --max_seq_length {total} or less")
-    kwargs = {"files": (tokenized.cache_files[0]["filename"],), "length": length, "cut": cut, "bos": start}  # key
+    kwargs = {"files": (tokenized.cache_files[0]["filename"],), "length": length, "cut": cut, "bos": start}  # a key
     chunks = cached(f"{split}_chunks", group_texts, kwargs, args.cache_dir, rebuild)  # of int32 ids
     added = pc.sum(chunks.data.column("added")).as_py()  # BOS before chunks that begin inside a text
     log0(f"{split}: {read:,} rows read, {read - (marks & BEGINS).sum():,} blank skipped, "  # no silent loss
@@ -1111,7 +1111,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
          "tokens dropped at the end")
     bos, eos = ((marks & had > 0).sum() for had in (HAD_BOS, HAD_EOS))  # numbers of texts
     if bos or eos:  # written by another program
-        log0(f"note     {bos:,} {split} texts have a BOS, {eos:,} an EOS where one is added: none gets two")  # said
+        log0(f"note     {bos:,} {split} texts have a BOS, {eos:,} an EOS where one is added: none gets two")  # counted
     if lost > 0.2 * sizes.sum():  # long documents, of which only the beginnings are learnt
         log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: see --no_truncation")  # much
     return chunks.select_columns(["input_ids"])  # what is learnt from
@@ -1143,7 +1143,7 @@ def group_texts(files, length, cut, bos):  # Arrow files of tokenized texts → 
         with pa.OSFile(path) as source, pa.ipc.open_stream(source) as batches:  # streamed: memory stays flat
             for batch in batches:  # at most a thousand texts: 12 million ids take a fraction of a second
                 long = pc.not_equal(pc.bit_wise_and(batch["_marks"], cut), 0)  # True: may be cut
-                texts = pc.if_else(long, pc.list_slice(batch["input_ids"], 0, length), batch["input_ids"])  # lists
+                texts = pc.if_else(long, pc.list_slice(batch["input_ids"], 0, length), batch["input_ids"])  # cut or not
                 ids = np.concatenate([tail, texts.flatten().to_numpy()])  # texts end to end, behind the tail
                 at = 0  # first of the ids that are in no chunk yet
                 while at < len(ids):  # a chunk at a time
@@ -1158,7 +1158,7 @@ def group_texts(files, length, cut, bos):  # Arrow files of tokenized texts → 
 def text_bytes(chunks, tokenizer):  # → UTF-8 bytes of the text that is predicted in a Dataset of chunks
     words = tokenizer.convert_ids_to_tokens(range(1 + max(tokenizer.get_vocab().values())))  # "▁the", "<0x0A>"
     words = [re.sub("^<0x..>$", "b", word or "").replace("▁", "b") for word in words]  # b: any letter of one byte
-    size = len if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder) else lambda word: len(word.encode())  # GPT-2
+    size = len if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder) else lambda word: len(word.encode())  # UTF-8
     sizes = np.array([*map(size, words)])  # (V,): bytes of each token; GPT-2's tokens have a letter for each byte
     sizes[tokenizer.all_special_ids] = 0  # control words are no text
     ids = (p.flatten().to_numpy().reshape(len(p), -1)[:, 1:] for p in chunks.data.column("input_ids").chunks)  # (n, T)
