@@ -201,7 +201,7 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     flash = {(found.version or "")[:1] for found in distributions(name="flash-attn")}  # 4 is flash-attn-4
     die_if(args.use_flash_attention and flash != {"2"},  # flash-attn is missing, or is no version 2
            "--use_flash_attention needs flash-attn 2: pip install flash-attn --no-build-isolation")
-    files = args.train_file + args.validation_file  # absolute paths
+    files = args.train_file + args.validation_file  # absolute paths, [] if no file is given
     die_if(args.dataset_name and files,  # data given twice
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
     die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
@@ -257,9 +257,9 @@ class Signals:  # what has been received, and what becomes of it
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
         os.register_at_fork(  # data loaders inherit the mask: Ctrl-C signals every process
             before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # data loaders are deaf
-            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # heard again
+            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # ends the wait here
         sys.unraisablehook = lambda lost: (  # Python drops what receive() raises in such a hook or a destructor
-            threading.Timer(0.01, lambda: signal.getsignal(self.received) == self.receive  # still running
+            threading.Timer(0.01, lambda: signal.getsignal(self.received) == self.receive  # not ending
                             and os.kill(os.getpid(), self.received)).start()  # the same signal once more
             if isinstance(lost.exc_value, SystemExit) else sys.__unraisablehook__(lost))  # prints other errors
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # launchers set these
@@ -431,7 +431,7 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     known = torch._dynamo.list_backends(())  # names, with those for tests
     die_if(backend not in (None, *known), f"--torch_compile_backend {backend}: known are {', '.join(known)}")  # typo
     wanted = not forbidden and bool(plan.torch_compile or backend or mode)  # any of them
-    args.torch_compile = wanted and {"backend": backend or "inductor", "mode": mode}  # or False
+    args.torch_compile = wanted and {"backend": backend or "inductor", "mode": mode}  # False: nothing
     plan.torch_compile = plan.torch_compile_backend = plan.torch_compile_mode = None  # each would compile all
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
         die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # sharded
@@ -651,7 +651,7 @@ def load_model(args):  # from the hub, its cache or a directory
     name = args.model_name_or_path  # a hub name or a directory
     flag = "--model_name_or_path"  # names the flag in sentences
     config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
-    args.save_dtype = args.save_dtype or str(config.dtype or torch.float32)[6:]  # "bfloat16"
+    args.save_dtype = args.save_dtype or str(config.dtype or torch.float32)[6:]  # Gemma: bfloat16
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # else an empty one is made
     tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
@@ -724,7 +724,7 @@ def try_attention(config, device, dtype):  # → "", or by how much windowed_att
 
 def use_windowed_attention(model):  # where there is a kernel for it, and it gives what sdpa gives
     dtype = product_dtype(model.get_input_embeddings().weight)  # bfloat16 with --bf16
-    kind = (model.config.model_type, model.config._attn_implementation, model.device.type)  # Gemma 3
+    kind = (model.config.model_type, model.config._attn_implementation, model.device.type)  # all must fit
     fits = kind == ("gemma3_text", "sdpa", "cuda") and dtype != torch.float32  # what its kernel is made for
     if fits and tried("windowed attention", try_attention, model.config, model.device, dtype):  # since Ampere
         transformers.AttentionInterface.register("windowed", windowed_attention)  # "flash" means a package
@@ -1022,7 +1022,7 @@ def read_txt(path, column, sample_by, size):  # → (place, {column: str}, marks
     text = ""  # the lines of a row
     marks = BEGINS if document else BEGINS + CUT  # ENDS is added to the last lines of a text
     for place, line in read_lines(path):  # a line has its line break
-        blank = line.isspace()  # separates paragraphs
+        blank = line.isspace()  # such a line separates paragraphs, and is no border in documents
         ends = {"line": True, "paragraph": blank, "document": len(text) > size and not blank}  # ends a row?
         if text and ends[sample_by]:  # a row ends with the line before this one
             yield place, {column: text}, marks if document else marks + ENDS  # the document goes on
@@ -1034,7 +1034,7 @@ def read_txt(path, column, sample_by, size):  # → (place, {column: str}, marks
         yield path, {column: text}, marks + ENDS  # the last row
 
 def splits_at_lines(tokenizer):  # → bool: do the pieces of a document have the ids of the whole?
-    lines = ["One\n", "  two.\n\n", "\tthree \n", "4\n\n\n", "    five)\n", " six\n\n", "seven"]  # pieces
+    lines = ["One\n", "  two.\n\n", "\tthree \n", "4\n\n\n", "    five)\n", " six\n\n", "seven"]  # to be cut
     whole, *pieces = tokenizer(["".join(lines), *lines], add_special_tokens=False)["input_ids"]  # 8 lists
     across = re.search("[\nĊ][^\nĊ\0]", "\0".join(tokenizer.get_vocab()))  # a token past a break
     return whole == sum(pieces, []) and not across  # Gemma has no such token; Ċ is how GPT-2 writes a line break
@@ -1120,7 +1120,7 @@ def tokenize_texts(texts, marks, tokenizer, start, end):  # called by datasets.m
     """Map list[str or None], list[int] to {"input_ids": list[list[int]], "_marks": list[int]}; none blank."""
     rows = [row for row in zip(texts, marks, strict=True)  # pairs of a text and its marks
             if row[0] and not (row[0].isspace() and row[1] | CUT == TEXT)]  # blank pieces stay
-    texts = [text for text, _ in rows]  # without null
+    texts = [text for text, _ in rows]  # for the tokenizer: no null, no blank text
     codes = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # without offsets
     bos = tokenizer.bos_token_id  # 2 for Gemma
     made = {"input_ids": [], "_marks": []}  # the columns of the result
@@ -1151,7 +1151,7 @@ def group_texts(files, length, cut, bos):  # Arrow files of tokenized texts → 
                     chunk = np.concatenate([before, ids[at:at + length - len(before)]])  # may be too short
                     if len(chunk) < length:  # to be filled by the next batch
                         break  # to the tail
-                    yield {"input_ids": chunk, "added": len(before)}  # a row
+                    yield {"input_ids": chunk, "added": len(before)}  # a row of the data set
                     at += length - len(before)  # each id is in one chunk
                 tail = ids[at:]  # first in the next batch; in the end, what the report calls dropped
 
@@ -1162,7 +1162,7 @@ def text_bytes(chunks, tokenizer):  # → UTF-8 bytes of the text that is predic
     sizes = np.array([*map(size, words)])  # (V,): bytes of each token; GPT-2's tokens have a letter for each byte
     sizes[tokenizer.all_special_ids] = 0  # control words are no text
     ids = (p.flatten().to_numpy().reshape(len(p), -1)[:, 1:] for p in chunks.data.column("input_ids").chunks)  # (n, T)
-    return sum(sizes[some[some >= 0]].sum().item() for some in ids)  # no first token and no BOS is predicted
+    return sum(sizes[some[some >= 0]].sum().item() for some in ids)  # first tokens and BOS count for nothing
 def fingerprints(model, train, validation):  # → {"model", "train_data", "validation_data": SHA-256}
     odd = ("transformers_version", "_name_or_path", "use_cache", "dtype")  # keys that change no result
     config = {key: value for key, value in model.config.to_dict().items() if key not in odd}  # such as sliding_window
@@ -1258,7 +1258,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         with torch.random.fork_rng(devices=[]):  # the data loader draws a random number
             metrics = super().evaluate(*rest, **named)  # eval_loss and more, from compute_metrics
         self.start_stopwatch()  # an evaluation is no time of training
-        return metrics | {name: metrics["eval_" + name] for name in ("perplexity", "bits_per_byte")}  # both names
+        return metrics | {name: metrics["eval_" + name] for name in ("perplexity", "bits_per_byte")}  # under both names
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # → None, (B,), (B,)
         inputs = self._prepare_inputs(inputs)  # {"input_ids", "labels"}: (B, T), int64, on the device
@@ -1334,10 +1334,10 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
             if args.activation_checkpointing:  # as the Trainer will do it: else the trial might not fit
                 options = (args.activation_checkpointing_kwargs or {}).items()  # of torch.utils.checkpoint
                 options = {key: value for key, value in options if key not in ("every_n_layers", "offload")}  # torch's
-                model.activation_checkpointing_enable(options or None)  # None: defaults
+                model.activation_checkpointing_enable(options or None)  # None: torch's defaults
             log0("Compiling the layers: this takes a minute or two.")  # else a long silence
-            shape = (min(args.train_batch_size, len(train)), trainer.length)  # B, T
-            trainer.compiled = tried("torch.compile", compile_layers, model, plain, *shape, compiler)  # worked?
+            shape = (min(args.train_batch_size, len(train)), trainer.length)  # B, T of a batch
+            trainer.compiled = tried("torch.compile", compile_layers, model, plain, *shape, compiler)  # as tried
     if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
         again = train and (resume.state.global_step + 1 if resume.path else 0)  # first step to be logged anew
         writer = torch.utils.tensorboard.SummaryWriter(join(run.output_dir, "runs"), purge_step=again)  # one curve
@@ -1398,7 +1398,7 @@ def train_and_save(trainer, run, resume, dtype):  # train, evaluate, publish; a 
         weight.data = weight.data.to(dtype)  # rounded; checkpoints keep all digits
     trainer.save_model()  # model.safetensors, config.json, tokenizer
     for weight in trainer.model.parameters():  # what was saved is evaluated
-        weight.data = weight.data.float()  # exact
+        weight.data = weight.data.float()  # exact: every 16-bit number is one of float32
     if trainer.eval_dataset is not None:  # has the model learnt, or memorized?
         save_results(trainer, "eval", trainer.evaluate())  # of the weights that are published
     save_results(trainer, "train", metrics)  # speed and loss of all calls
