@@ -257,6 +257,7 @@ class Signals:  # what has been received, and what becomes of it
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
         os.register_at_fork(  # data loaders inherit the mask: Ctrl-C signals every process
             before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # data loaders are deaf
+            after_in_child=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: ends with us
             after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # ends the wait here
         sys.unraisablehook = lambda lost: (  # Python drops what receive() raises in such a hook or a destructor
             threading.Timer(0.01, lambda: signal.getsignal(self.received) == self.receive  # not ending
@@ -1120,8 +1121,7 @@ def tokenize_texts(texts, marks, tokenizer, start, end):  # called by datasets.m
     """Map list[str or None], list[int] to {"input_ids": list[list[int]], "_marks": list[int]}; none blank."""
     rows = [row for row in zip(texts, marks, strict=True)  # pairs of a text and its marks
             if row[0] and not (row[0].isspace() and row[1] | CUT == TEXT)]  # blank pieces stay
-    texts = [text for text, _ in rows]  # for the tokenizer: no null, no blank text
-    codes = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)  # without offsets
+    codes = tokenizer.backend_tokenizer.encode_batch_fast([text for text, _ in rows], add_special_tokens=False)  # ids
     bos = tokenizer.bos_token_id  # 2 for Gemma
     made = {"input_ids": [], "_marks": []}  # the columns of the result
     for (_, mark), code in zip(rows, codes, strict=True):  # a row at a time
@@ -1131,7 +1131,7 @@ def tokenize_texts(texts, marks, tokenizer, start, end):  # called by datasets.m
         before = start * (mark & BEGINS)  # [~2], or [] inside a document
         behind = end * (mark & ENDS > 0)  # [1] with --add_eos, else []
         mark += HAD_BOS * (ids[:1] == before != []) + HAD_EOS * (ids[-1:] == behind != [])  # for the report
-        made["input_ids"].append(before * (ids[:1] != before) + ids + behind * (ids[-1:] != behind))  # one each
+        made["input_ids"].append(before * (ids[:1] != before) + ids + behind * (ids[-1:] != behind))  # single
         made["_marks"].append(mark)  # group_texts() looks for CUT
     return made  # lists of equal length
 
@@ -1156,7 +1156,7 @@ def group_texts(files, length, cut, bos):  # Arrow files of tokenized texts → 
                 tail = ids[at:]  # first in the next batch; in the end, what the report calls dropped
 
 def text_bytes(chunks, tokenizer):  # → UTF-8 bytes of the text that is predicted in a Dataset of chunks
-    words = tokenizer.convert_ids_to_tokens(range(1 + max(tokenizer.get_vocab().values())))  # "▁the", "<0x0A>"
+    words = tokenizer.convert_ids_to_tokens(range(1 + max(tokenizer.get_vocab().values())))  # "▁the", <0x0A>
     words = [re.sub("^<0x..>$", "b", word or "").replace("▁", "b") for word in words]  # b: any letter of one byte
     size = len if "ByteLevel" in str(tokenizer.backend_tokenizer.decoder) else lambda word: len(word.encode())  # UTF-8
     sizes = np.array([*map(size, words)])  # (V,): bytes of each token; GPT-2's tokens have a letter for each byte

@@ -3,8 +3,7 @@
 Reads one JSON object a line: {"argv": […], "place": directory, "k": 0 for no kill, "seconds": null, or when it gets
 "signal", "fork": 0, or the number of its fork in which it gets "signal", "env": {…} or null, "limit": seconds after
 which it is ended and says where it was}. Answers with {"status", "out", "err", "pid", "changes", "orphans": the
-commands of processes that are still there two seconds after it, or ten after a kill: a data loader of torch looks every
-five seconds whether its parent is there}.
+commands of processes that are still there two seconds after it}.
 """
 
 import ctypes
@@ -56,5 +55,5 @@ for line in sys.stdin:
     library.kill_at(b"", 0)  # the counter is shared with the fork
     done = run(*job["argv"], prepare=prepare, env=job["env"], signals=signals)
     last = done.pid
-    left = orphans(10 if done.status == -signal.SIGKILL else 2)
+    left = orphans(2)
     print(json.dumps(vars(done) | {"changes": library.kill_count(), "orphans": left}), file=answers, flush=True)
