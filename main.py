@@ -351,7 +351,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
             mine = ending(error) or error  # the other ranks hear of it first
         words = getattr(mine, "sentence", f"{type(mine).__name__}: {one_line(mine)}")  # else kind and words
         ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: no failure
-        if isinstance(mine, Exception):  # no SystemExit
+        if isinstance(mine, Exception):  # a fault of this program: no SystemExit
             raise mine  # explained by main(), or printed with its traceback
         for machine, name, status, words in filter(None, ends):  # the first failure is that of all ranks
             die(words if machine == self.machine else f"{name}: {words}", status)  # elsewhere with the rank
@@ -432,7 +432,7 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     known = torch._dynamo.list_backends(())  # names, with those for tests
     die_if(backend not in (None, *known), f"--torch_compile_backend {backend}: known are {', '.join(known)}")  # typo
     wanted = not forbidden and bool(plan.torch_compile or backend or mode)  # any of them
-    args.torch_compile = wanted and {"backend": backend or "inductor", "mode": mode}  # False: nothing
+    args.torch_compile = wanted and {"backend": backend or "inductor", "mode": mode}  # False: none
     plan.torch_compile = plan.torch_compile_backend = plan.torch_compile_mode = None  # each would compile all
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
         die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # sharded
@@ -652,7 +652,7 @@ def load_model(args):  # from the hub, its cache or a directory
     name = args.model_name_or_path  # a hub name or a directory
     flag = "--model_name_or_path"  # names the flag in sentences
     config = loaded(flag, name, transformers.AutoConfig.from_pretrained, name)  # a wrong name fails here
-    args.save_dtype = args.save_dtype or str(config.dtype or torch.float32)[6:]  # Gemma: bfloat16
+    args.save_dtype = args.save_dtype or str(config.dtype or torch.float32)[6:]  # for Gemma bfloat16
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # else an empty one is made
     tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
@@ -764,8 +764,8 @@ def try_compiler(head, softcap):  # → "", or how a compiled softmax_gradients(
     dtype = product_dtype(head)  # of the logits
     rows = int(LOGITS_BYTES[head.device.type] / (dtype.itemsize * len(head)))  # R of a full buffer
     noise = torch.Generator(head.device).manual_seed(0)  # of its own: the run's random numbers are left alone
-    logits = torch.randn(rows, len(head), device=head.device, generator=noise, dtype=dtype)  # (R, V)
-    targets = torch.arange(rows, device=head.device)[:, None] % len(head)  # (R, 1)
+    logits = torch.randn(rows, len(head), device=head.device, generator=noise, dtype=dtype)  # (R, V) noise
+    targets = torch.arange(rows, device=head.device)[:, None] % len(head)  # (R, 1): one label a row
     few = logits[:8].clone()  # (8, V): for the uncompiled function
     kernel = torch.compile(softmax_gradients)  # two graphs: for evaluations and for training
     for tensor in (logits, targets):  # chunks have different numbers of tokens
@@ -806,7 +806,7 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
                 states = hidden[chunk].to(dtype) * counted[chunk]  # (rows, H): 0 where the label is -100
                 logits = buffer[:len(states)]  # (rows, V): the largest tensor of a training step
                 for part in words:  # a CPU makes 16-bit copies of the head a part at a time
-                    torch.mm(states, low[part].to(dtype).T, out=logits[:, part])  # (rows, part)
+                    torch.mm(states, low[part].to(dtype).T, out=logits[:, part])  # (rows, words of part)
                 parts = (t.split(step) for t in (logits, targets[chunk], losses[chunk]))  # views of step rows
                 for scores, target, loss in zip(*parts, strict=True):  # once, where the softmax is compiled
                     label, grad_label = softmax(scores, target, softcap, train)  # (step, 1) each
@@ -816,7 +816,7 @@ class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
                 if train:  # logits holds d loss / d logit by now
                     for part in words:  # a part at a time on a CPU
                         add_product(grad_hidden[chunk], logits[:, part], low[part].to(dtype))  # (rows, H)
-                        add_product(grad_head[part], logits[:, part].T, states)  # (part, H)
+                        add_product(grad_head[part], logits[:, part].T, states)  # (words of part, H)
         losses *= counted[:, 0]  # 0 where the label is -100
         ctx.mark_non_differentiable(losses)  # losses are for evaluations alone
         ctx.gradients = (grad_hidden, grad_head)  # of the sum, times GRAD_SCALE
@@ -898,7 +898,7 @@ def compile_layers(model, plain, batch, length, options):  # B, T, arguments of 
     try:  # the compiler may be missing
         for layer in layers:  # names in checkpoints stay as they are
             layer.compile(**options)  # compiled at the first call
-        width = model.get_input_embeddings().embedding_dim  # H, 640
+        width = model.get_input_embeddings().embedding_dim  # H: 640 numbers a token
         embedded = torch.zeros(batch, length, width, device=model.device, requires_grad=True)  # (B, T, H)
         out = model.train().base_model(inputs_embeds=embedded).last_hidden_state  # (B, T, H): forward
         torch.autograd.grad(out.float().sum(), embedded)  # backward; no weight gets a gradient
@@ -941,7 +941,7 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
         chunks[split] = packed.take(min(limits[split] or len(packed), len(packed)))  # a view, no copy
         if len(chunks[split]) < len(packed):  # --max_train_samples or --max_eval_samples is in force
             log0(f"{split}: only the first {limits[split]:,} of {len(packed):,} chunks are used")  # as asked
-    return chunks.get("train"), chunks.get("validation")  # memory-mapped
+    return chunks.get("train"), chunks.get("validation")  # None for a split without data
 
 def load_named_dataset(args, wanted):  # wanted: names of splits, of which the first must be there
     """Return {split: Dataset of the text column} of --dataset_name, from the hub or a directory."""
@@ -953,7 +953,7 @@ def load_named_dataset(args, wanted):  # wanted: names of splits, of which the f
     saved = isfile(join(name, "state.json")) or isfile(join(name, "dataset_dict.json"))  # from save_to_disk()
     die_if(saved and config, f"--dataset_config_name {config}: {name} is one saved data set; leave it out")  # none kept
     if saved:  # a Dataset or a DatasetDict
-        data = loaded("--dataset_name", name, datasets.load_from_disk, name)  # memory-mapped
+        data = loaded("--dataset_name", name, datasets.load_from_disk, name)  # maps its files only
     else:  # on the hub, or a directory of data files
         data = loaded("--dataset_name", name, datasets.load_dataset, name, config, cache_dir=args.cache_dir)  # cached
     data = data if isinstance(data, dict) else {"train": data}  # a lone Dataset is training data
@@ -1227,7 +1227,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
     def totals(self):  # since the last log line, of all ranks: [sum of losses, number of their tokens]
         return self.accelerator.gather(self.sums).view(-1, 2).mean(0).tolist()  # waits for all ranks' devices
     def lines(self):  # all log lines of the training so far, also those of earlier calls
-        return [line for line in self.state.log_history if "tokens_seen" in line]  # no evaluations
+        return [line for line in self.state.log_history if "tokens_seen" in line]  # without evaluations
     def start_stopwatch(self):  # after a log line, an evaluation, a checkpoint
         self.before = self.tokens  # tokens so far: the next line's speed counts from here
         self.logged = time.time()  # seconds since 1970
@@ -1482,7 +1482,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         if args.evaluate_only:  # --do_eval without --do_train
             save_results(trainer, "eval", trainer.evaluate())  # loss and perplexity of the given model
         else:  # every other call trains
-            train_and_save(trainer, run, resume, getattr(torch, args.save_dtype))  # into output_dir
+            train_and_save(trainer, run, resume, getattr(torch, args.save_dtype))  # publishes in output_dir
     except Exception as error:  # die() raises SystemExit, which is no Exception
         explain(error, training_args, run)  # in a sentence, if the user can mend it
         raise  # unexplained: Python prints the traceback
