@@ -29,6 +29,7 @@ import multiprocessing  # finds data loaders that outlive the training
 import os  # paths and the environment
 import re  # names of flags, of checkpoints, of GPUs
 import resource  # the most memory that this process has held
+import runpy  # runs tools/advice.py once something is wrong
 import shutil  # removes directories, measures disks
 import signal  # SIGTERM and Ctrl-C
 import socket  # names and addresses of machines
@@ -36,16 +37,16 @@ import sys  # arguments, exit status, standard error
 import tempfile  # tries whether a directory can be written
 import threading  # hears of errors in TensorBoard's writer thread
 import time  # speed, and the seconds of all calls
-import traceback  # errors with all their causes
 import warnings  # silences one of torch's
 from contextlib import contextmanager, suppress  # with statements of our own; errors that do not matter
 from dataclasses import dataclass, field  # state whose fields are listed in one place
 from datetime import timedelta  # how torch takes a timeout
 from glob import escape, glob  # expands "data/*.jsonl" where the shell did not
-from importlib.metadata import distributions, version  # packages and their versions, without importing them
-from os.path import abspath, basename, dirname, exists, getsize, isdir, isfile, join, realpath  # paths
+from importlib.metadata import version  # of a package, without importing it
+from os.path import abspath, basename, dirname, exists, getsize, isdir, isfile, join, lexists, realpath  # paths
 
-FORMATS = (".json", ".jsonl", ".csv", ".txt")  # local files, each also with .gz behind it
+DOCUMENTS = (".txt", ".md")  # a file is one text, unless --sample_by cuts it
+FORMATS = (*DOCUMENTS, ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # the others hold a text in each row
 SPEAKER = os.environ.get("LOCAL_RANK", "0") == "0"  # True in one process of each machine, the one that speaks
 PARTIAL = "makes checkpoints that no run can go on from"  # no optimizer state, or only one rank's part
 REFUSED = {  # flags of the Trainer that would break a promise of the README, and why
@@ -58,13 +59,10 @@ REFUSED = {  # flags of the Trainer that would break a promise of the README, an
     "--batch_eval_metrics": "leaves no loss of each chunk to make the mean of",  # every chunk counts once
     "--eval_do_concat_batches": "leaves no mean over all chunks",  # losses would come as one array per batch
     "--overwrite_output_dir": "would lose what an earlier run has made"}  # a flag of transformers 4
-REMEDIES = (  # against a full GPU, the cheapest first; they are other settings, so checkpoints no longer fit
-    "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double --gradient_accumulation_steps; "
-    "(3) add --gradient_checkpointing; (4) shorten --max_seq_length; after a checkpoint with another --output_dir")
 
 # ── Command line ───────────────────────────────────────────────────────────────────────────────────
 def log0(*lines):  # progress goes to standard output, from rank 0 alone
-    if os.environ.get("RANK", "0") == "0":  # launchers set RANK; a single process has none
+    if lines and os.environ.get("RANK", "0") == "0":  # launchers set RANK; a single process has none
         print(*lines, sep="\n", flush=True)  # flush: a log file shows the lines at once
 def die(sentence, status=2, speaks=SPEAKER):  # ends the run; status 2: a wrong call or wrong data
     end = SystemExit(status)  # no Exception, so that no library catches or wraps it
@@ -73,26 +71,30 @@ def die(sentence, status=2, speaks=SPEAKER):  # ends the run; status 2: a wrong 
 def die_if(wrong, sentence):  # wrong: any value; what is true or not empty ends the run
     if wrong:  # saves an if and a line at each check
         die(sentence)  # with status 2: the call or the data is wrong
-def ending(error):  # → the SystemExit of die() or --help that error is, or that error has hidden; else None
-    while error and not isinstance(error, SystemExit):  # a signal may come while datasets has files to close
-        error = error.__context__  # what was on its way when a library raised an error of its own
-    return error  # reported() and others go on with it
 
 @contextmanager  # makes `with reported():` possible
 def reported():  # around the command line, the imports and main(): prints the sentence of die()
     try:  # the block of the with statement
         yield  # the block runs here; die() ends it by SystemExit
-    except BaseException as error:  # a SystemExit, or what a library has raised while it passed through
-        if not (end := ending(error)):  # a fault that nothing here knows
-            raise  # Python prints the traceback
+    except SystemExit as end:  # of die(), of --help or of a signal
         sentence = getattr(end, "sentence", "")  # what the user reads; empty for --help
         if sentence and "TORCHELASTIC_ERROR_FILE" in os.environ:  # torchrun names a file for each rank
             with suppress(OSError), open(os.environ["TORCHELASTIC_ERROR_FILE"], "w") as note:  # read by launch.py
                 json.dump({"message": sentence, "timestamp": int(time.time())}, note)  # in torchrun's format
         if sentence and end.speaks:  # one process a machine is enough
-            print(f"\nmain.py: error: {sentence}", file=sys.stderr, flush=True)  # \n leaves a progress bar
-        raise end from None  # Python ends with the exit status
+            line = f"\nmain.py: error: {sentence}\n"  # the first \n leaves a progress bar
+            os.write(2, line.encode(sys.stderr.encoding, "backslashreplace"))  # signal handlers may not print()
+        raise  # Python ends with the exit status
+    except BrokenPipeError:  # of `main.py ... | head`, which has read enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more at its end
+        raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell shows it; nothing is said
 
+def advice(topic, *facts):  # → what tools/advice.py knows of something wrong; "" where main.py stands alone
+    path = join(dirname(realpath(__file__)), "tools", "advice.py")  # words that a sound run does not need
+    return runpy.run_path(path)[topic](*facts) if isfile(path) else ""  # topic: the name of a function there
+def refuse(topic, *facts):  # ends the run, if tools/advice.py finds a fault, which would show later or never
+    fault = advice(topic, *facts)  # a sentence, or ""
+    die_if(fault, fault)  # with status 2
 def did_you_mean(name, names):  # → " (did you mean 'text'?)", or "" if none of names is similar
     close = difflib.get_close_matches(name, names, n=1)  # the nearest one, if at least 0.6 similar
     return f" (did you mean {close[0]!r}?)" if close else ""  # goes behind the wrong name
@@ -104,6 +106,10 @@ def bounded(kind, low, above=False):  # a type for argparse: a finite int or flo
         return value  # what args will hold
     read.__name__ = {int: "whole number", float: "number"}[kind]  # argparse puts this name into its sentence
     return read  # argparse calls read() on each value
+def switched(text):  # a type for argparse: what stands behind --bf16, as other trainers write it
+    if text.lower() not in ("true", "false"):  # a stray word
+        raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")  # parser.error
+    return text.lower() == "true"  # bool
 def trainer_flags():  # names of the Trainer's 114 flags, read from its source in milliseconds
     package = importlib.util.find_spec("transformers")  # importing transformers would take seconds
     die_if(package is None, "transformers is not installed: pip install -r requirements.txt")  # a new machine
@@ -119,7 +125,7 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,  # every flag's help ends with its default
         allow_abbrev=False)  # a shortened flag may be a misspelt one
     parser.error = lambda message: die(f"{message}; see python main.py --help")  # one sentence, no usage page
-    switch = {"action": "store_true"}  # a flag without a value, off unless given
+    switch = {"nargs": "?", "const": True, "default": False, "type": switched, "metavar": "True"}  # else off
     path = {"type": os.path.expanduser}  # the shell leaves the ~ of --output_dir=~/x
     count = bounded(int, 1)  # sizes and limits: whole, at least 1
     positive = bounded(float, 0, above=True)  # rates; steps, where 0.1 is a tenth of the run
@@ -129,11 +135,12 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add = parser.add_argument_group("data").add_argument  # files or a data set, never both
     add("--dataset_name", **path, help="hub name, or a local data set directory")  # validation is optional
     add("--dataset_config_name", help="configuration of the hub data set")  # often the name of a language
-    add("--train_file", **path, nargs="+", help=".json .jsonl .csv .txt, .gz; several, or a glob")  # needs no network
-    add("--validation_file", **path, nargs="+", help="the same, for evaluation")  # held out: never trained on
+    files = path | {"nargs": "+", "action": "extend"}  # a flag that is repeated adds files
+    add("--train_file", **files, help=" ".join(FORMATS) + ", .gz; several, globs, folders")  # local
+    add("--validation_file", **files, help="the same, for evaluation")  # held out: never trained on
     add("--text_column", default="text", help="the column that holds the text")  # only .txt has no columns
     add("--sample_by", choices=("document", "paragraph", "line"), default="document",  # as in datasets' own loader
-        help="a text in a .txt file: the whole of it, a block between blank lines, or a line")  # it has no rows
+        help="a text in a .txt or .md file: the whole of it, a block between blank lines, or a line")  # no rows
     add("--max_seq_length", type=bounded(int, 2), default=2048, help="tokens per chunk")  # the context learnt
     add("--no_truncation", **switch, help="keep texts longer than a chunk whole")  # for long documents
     add("--add_eos", **switch, help="end each text with the end-of-sequence token")  # teaches where to stop
@@ -179,10 +186,13 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     args, args.trainer_argv = parser.parse_known_args(words)  # left over: the Trainer's, or a slip
     known = [f"--{name}" for name in [*vars(args), *trainer_flags()]]  # args holds every flag of ours
     args.given = [word.partition("=")[0] for word in words if word.startswith("--")]  # "--seed=1" → "--seed"
-    for flag in args.given:  # before the heavy imports
-        bare = flag.replace("--no_", "--")  # the Trainer's switches have a --no_ form, too
-        die_if(bare in REFUSED, f"{flag} {REFUSED.get(bare)}: leave it out")  # REFUSED says which promise it breaks
-        die_if(not {flag, bare} & {*known}, f"unknown flag {flag}{did_you_mean(flag, known)}; see --help")  # misspelt
+    bare = [flag.replace("--no_", "--") for flag in args.given]  # the Trainer's switches may say --no_
+    for flag, name in zip(args.given, bare, strict=True):  # before the heavy imports
+        die_if(name in REFUSED, f"{flag} {REFUSED.get(name)}: leave it out")  # it breaks a promise
+        if not {flag, name} & {*known}:  # misspelt, or of another trainer
+            die(f"unknown flag {flag}{advice('flag', flag) or did_you_mean(flag, known)}; see --help")  # what is meant
+        die_if(bare.count(name) > 1 and name not in ("--train_file", "--validation_file"),  # the last would win
+               f"{flag} is given twice: leave one out")  # perhaps a script adds the second
     check_args(args)  # combinations and paths; may end the run
     return args  # sound, as far as can be told without torch
 
@@ -191,57 +201,55 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
         args.model_name_or_path = "google/gemma-3-270m"  # the published name from here on
         log0("google/gemma-270m is published as google/gemma-3-270m: using that.")  # printed once, by rank 0
     args.evaluate_only = eval_only = args.do_eval and not args.do_train  # True: no training, no checkpoints
+    die_if(not exists(os.readlink("/proc/self/cwd")), "the current directory was removed: cd to another")  # stale
+    home = os.environ.get("HF_HOME", join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))  # datasets'
+    cache = args.cache_dir or os.environ.get("HF_DATASETS_CACHE", join(home, "datasets"))  # where it would write
+    args.cache_dir = os.path.expanduser(cache)  # named in sentences
     args.train_file = expand_files("--train_file", args.train_file)  # [] without the flag
     args.validation_file = expand_files("--validation_file", args.validation_file)  # [] without the flag
-    resume = args.resume_from_checkpoint and realpath(args.resume_from_checkpoint)  # free of links
-    args.resume_from_checkpoint = resume  # None without the flag
-    model = args.model_name_or_path  # a hub name or a directory
+    args.resume_from_checkpoint = args.resume_from_checkpoint and realpath(args.resume_from_checkpoint)  # or None
     output = args.output_dir  # may not exist yet
     run = any(glob(mark, root_dir=output) for mark in (".lock", "manifest.json", "checkpoint-[0-9]*"))  # in output
-    flash = {(found.version or "")[:1] for found in distributions(name="flash-attn")}  # 4 is flash-attn-4
-    die_if(args.use_flash_attention and flash != {"2"},  # flash-attn is missing, or is no version 2
-           "--use_flash_attention needs flash-attn 2: pip install flash-attn --no-build-isolation")
-    files = args.train_file + args.validation_file  # absolute paths, [] if no file is given
-    die_if(args.dataset_name and files,  # data given twice
+    refuse("call", args, log0)  # what would fail behind minutes of work, or be ignored; notes on what is odd
+    die_if(args.dataset_name and args.train_file + args.validation_file,  # data given twice
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
-    die_if(args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}")  # over 32 bits
     need = "validation_file" if eval_only else "train_file"  # the data that this call cannot do without
     die_if(not (args.dataset_name or vars(args)[need]), f"no data: give --dataset_name or --{need}")  # nothing to read
-    die_if("--sample_by" in args.given and ".txt" not in str(files).lower(),  # no .txt file is given
-           "--sample_by is for .txt files; of this data each row is a text: leave it out")
-    die_if(eval_only and resume, f"--do_eval goes on from nothing: give --model_name_or_path {resume}")  # a model, too
     die_if(eval_only and run, f"--output_dir {output} holds a training run: choose another for --do_eval")  # unmixed
-    die_if(exists(f"{model}/adapter_config.json"),  # of PEFT, alone or beside its base
-           f"--model_name_or_path {model} holds an adapter, which would be ignored: save the model with "
-           "the adapter merged into it (merge_and_unload), and give that directory")
-    die_if(isdir(model) and not exists(f"{model}/config.json"), f"--model_name_or_path {model}: no config.json")  # here
-    die_if(not eval_only and realpath(output) == realpath(model),  # the base model would be replaced
+    die_if(exists(f"{args.model_name_or_path}/adapter_config.json"),  # of PEFT, alone or beside its base
+           f"--model_name_or_path {args.model_name_or_path} holds an adapter, which would be ignored: save the "
+           "model with the adapter merged into it (merge_and_unload), and give that directory")
+    die_if(not eval_only and realpath(output) == realpath(args.model_name_or_path),  # the base model would be replaced
            f"--output_dir {output} is the model to start from: choose another directory")
-    for flag, name in (("--model_name_or_path", model), ("--dataset_name", args.dataset_name or "")):  # local or remote
-        local = name.startswith((".", os.sep)) or name.count("/") > 1 or isfile(name)  # not a hub name
-        die_if(local and not isdir(name),  # else the hub is asked for half a minute
-               f"{flag} {name}: no such directory; give one, or a hub name (text goes to --train_file)")
-    for flag, folder in (("--output_dir", output), ("--cache_dir", args.cache_dir or output)):  # tried before the work
+    for flag, folder in (("--output_dir", output), ("--cache_dir", args.cache_dir)):  # tried before the work
         try:  # a read-only disk, a file in the way, no permission
             os.makedirs(folder, exist_ok=True)  # makes the directories above it, too
             tempfile.TemporaryFile(dir=folder).close()  # a file of no name, gone once closed
         except OSError as error:  # error.strerror is the reason, from Linux
             die(f"{flag} {folder}: no files can be written there ({error.strerror}); choose another")  # Linux's reason
 
+def kind_of(path):  # → ".jsonl", also for X.JSONL.gz
+    return os.path.splitext(path.lower().removesuffix(".gz"))[1]  # "" for a name without an ending
 def expand_files(flag, patterns):  # → absolute paths of existing, readable files of known formats
     files = []  # in the order given: that of the text
     for pattern in patterns or []:  # None without the flag
-        found = [pattern] if exists(pattern) else sorted(glob(pattern, recursive=True))  # in a fixed order
+        found = [pattern] if lexists(pattern) else sorted(glob(pattern, recursive=True))  # in a fixed order
         beside = glob(join(escape(dirname(pattern)), "*"))  # neighbours: one may be meant
         die_if(not found, f"{flag} {pattern}: no such file{did_you_mean(pattern, beside)}")  # a misspelt name
-        for path in found:  # before six seconds of imports
-            kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # ".jsonl", also for x.jsonl.gz
-            die_if(isdir(path), f"{flag} {path} is a directory: name files in it, or use --dataset_name")  # not a file
-            die_if(kind not in FORMATS, f"{flag} {path}: known extensions are {' '.join(FORMATS)}, also .gz")  # typo
-            die_if(not os.access(path, os.R_OK), f"{flag} {path}: no permission to read it (try chmod +r)")  # others'
-            die_if(getsize(path) == 0, f"{flag} {path} is empty")  # often a failed export
-            files.append(abspath(path))  # a part of the cache's key
-    return files  # all exist and can be read
+        for path in found:  # files and folders
+            files += in_folder(flag, path) if isdir(path) else [path]  # in the order of their names
+    for path in files:  # before six seconds of imports
+        refuse("file", flag, path, FORMATS)  # a broken link, a PDF, UTF-16, an unknown ending and the like
+    return [*map(abspath, files)]  # a part of the cache's key
+def in_folder(flag, folder, used=None):  # used: paths that are wanted; None: all → those of known formats
+    inside = [join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]  # all
+    seen = [path for path in inside if "/." not in path[len(folder.rstrip(os.sep)):]]  # not hidden
+    files = sorted(path for path in used or seen if kind_of(path) in FORMATS)  # the same order everywhere
+    others = sorted({*inside} - {*files})  # hidden, of another split, of another kind
+    more = f"; left out: {', '.join(others[:9])}{' and more' * (len(others) > 9)}" * bool(others)  # not silent
+    log0(f"{flag} {folder}: {len(files):,} of {len(inside):,} files are read{more}")  # by rank 0
+    die_if(not files, f"{flag} {folder} holds no files of the kinds {' '.join(FORMATS)}{more}")  # to be read
+    return files  # checked by expand_files()
 
 # ── Signals ────────────────────────────────────────────────────────────────────────────────────────
 # SIGTERM comes from batch systems and launchers, SIGINT from Ctrl-C. Outside the training either ends the
@@ -255,14 +263,9 @@ class Signals:  # what has been received, and what becomes of it
         self.launcher = 0  # process id of accelerate or torchrun, 0 without one
         for number in STOPS:  # both mean: stop, but lose nothing
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
-        os.register_at_fork(  # data loaders inherit the mask: Ctrl-C signals every process
-            before=lambda: signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # data loaders are deaf
-            after_in_child=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG: ends with us
-            after_in_parent=lambda: signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS))  # ends the wait here
-        sys.unraisablehook = lambda lost: (  # Python drops what receive() raises in such a hook or a destructor
-            threading.Timer(0.01, lambda: signal.getsignal(self.received) == self.receive  # not ending
-                            and os.kill(os.getpid(), self.received)).start()  # the same signal once more
-            if isinstance(lost.exc_value, SystemExit) else sys.__unraisablehook__(lost))  # prints other errors
+        os.register_at_fork(after_in_child=lambda: (  # in a data loader, as Ctrl-C signals every process
+            signal.pthread_sigmask(signal.SIG_BLOCK, STOPS),  # deaf: only its parent answers
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)))  # PR_SET_PDEATHSIG: it ends with its parent
         if "LOCAL_RANK" in os.environ or "ACCELERATE_MIXED_PRECISION" in os.environ:  # launchers set these
             self.launcher = os.getppid()  # accelerate passes no signal on to a single process
             ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG: SIGTERM when the launcher dies
@@ -276,7 +279,11 @@ class Signals:  # what has been received, and what becomes of it
             self.since = time.time()  # the 3 seconds count from here
             self.received = number  # on_step_end() looks at the number
         if not self.in_training or time.time() - self.since > 3:  # nothing to save, or a signal that insists
-            self.leave(number, "")  # checkpoints saved before are whole
+            try:  # as after a kill -9, but with a sentence: an exception might be lost in a library
+                with reported():  # writes the sentence
+                    self.leave(number, "")  # checkpoints saved before are whole
+            except SystemExit as end:  # from reported(); 128 + 15 or 2, or 1
+                os._exit(end.code)  # at once: nothing is left to do
     def leave(self, number, saved):  # every signal ends here; saved: words on a checkpoint, or ""
         self.in_training = False  # a further signal ends the run at once
         lost = number == signal.SIGKILL  # status 1: MAX_RETRIES of multinode_train.sh tries again
@@ -286,6 +293,7 @@ class Signals:  # what has been received, and what becomes of it
 # ── The answer, and behind it the imports ──────────────────────────────────────────────────────────
 if __name__ == "__main__":  # not where tests import this file
     with reported():  # --help and a slip are answered in 0.06 s
+        sys.stdout.reconfigure(errors="backslashreplace")  # a terminal may know only ASCII
         SIGNALS = Signals()  # from here on a signal ends the run with a sentence
         try:  # a wrong call ends in here
             ARGS = parse_args()  # checked as far as possible without torch
@@ -302,9 +310,11 @@ with reported():  # also for a signal that comes during the imports
         import psutil  # addresses of network interfaces
         import pyarrow as pa  # Arrow, the file format of the cache
         import pyarrow.compute as pc  # counts and cuts lists without Python objects
+        import pyarrow.parquet as pq  # reads .parquet files
         import torch  # tensors and autograd
         import torch.distributed as dist  # sums and messages between processes
         import transformers  # models, tokenizers, the Trainer
+        from datasets.data_files import DataFilesDict, get_data_patterns  # tells splits by the names of files
         from datasets.fingerprint import Hasher  # hashes that are the same in each call
         from datasets.packaged_modules.generator.generator import Generator  # the builder of from_generator()
         from datasets.utils.info_utils import get_size_checksum_dict as checksum  # size and SHA-256 of a file
@@ -312,10 +322,8 @@ with reported():  # also for a signal that comes during the imports
         from torch.nn.functional import scaled_dot_product_attention as sdpa  # attention for every device
         from transformers.integrations import integration_utils  # has the Trainer's TensorBoard callback
         from transformers.trainer_utils import get_last_checkpoint, speed_metrics  # newest checkpoint; speeds
-    except ImportError as missing:  # a fresh machine, or half an installation
+    except (ImportError, OSError) as missing:  # a fresh machine, or half an installation
         die(f"{missing}: pip install -r requirements.txt", status=1)  # the command that helps in both cases
-    if __name__ == "__main__":  # while Python reads on, nothing would print the sentence of a signal
-        signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)  # a signal waits for the end of the file
 
 # ── Processes ──────────────────────────────────────────────────────────────────────────────────────
 # A launcher starts a process, a rank, for each device. Before the training the ranks wait for each other, for
@@ -348,7 +356,7 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
         try:  # a phase may fail on one rank only
             yield  # the phase runs here, and raises its error
         except (SystemExit, Exception) as error:  # die(), or a fault of this program
-            mine = ending(error) or error  # the other ranks hear of it first
+            mine = error  # the other ranks hear of it first
         words = getattr(mine, "sentence", f"{type(mine).__name__}: {one_line(mine)}")  # else kind and words
         ends = self.gather(mine and (self.machine, self.name, getattr(mine, "code", 1), words))  # None: no failure
         if isinstance(mine, Exception):  # a fault of this program: no SystemExit
@@ -360,6 +368,9 @@ class Ranks:  # the processes of this run on all machines; a single one exchange
         for who, own in others:  # the first rank that differs ends all, as training would hang
             die_if(own != wanted, f"{who} differs from {first}: {differences(wanted, own)}; all need the same")  # facts
 
+def explain(error, *facts):  # ends the run with a sentence, if the user can mend the error
+    if known := advice("failure", error, *facts):  # (sentence, status): 2 for a wrong call, 1 to try again
+        die(*known, True)  # perhaps on this rank only
 def one_line(error):  # an error's own words, without line breaks
     return " ".join(str(error).split())  # fits into a sentence of die()
 def differences(saved, now):  # → str: a clause for each setting of now that differs from saved (dicts)
@@ -383,13 +394,14 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
     seconds = getattr(args, "ddp_timeout", 600)  # the default after a wrong call
     patience = timedelta(seconds=seconds + (0 if cpu else 120))  # gloo gives up first: NCCL gives no reason
     try:  # some rank may never come
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would try an unknown name for minutes
         state = accelerate.PartialState(cpu, backend=getattr(args, "ddp_backend", None), timeout=patience)  # gradients
         state.wait_for_everyone()  # NCCL connects only now
         ranks.prompt = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))  # used at each step
         ranks.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for downloads and data
     except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
-        die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:"  # the address of rank 0
-            f"{os.environ['MASTER_PORT']} within --ddp_timeout {seconds} ({one_line(error)})", 1, True)  # 1: try again
+        die(f"{size} processes could not connect within --ddp_timeout {seconds} ({one_line(error)}): is the "  # why
+            f"address {os.environ['MASTER_ADDR']} right, its port {os.environ['MASTER_PORT']} free?", 1, True)  # again
     atexit.register(gc.collect)  # runs second: frees the groups, and waits for gloo's threads
     atexit.register(dist.destroy_process_group)  # runs first: torch itself lets go of the groups
     return ranks  # all ranks have come
@@ -403,8 +415,10 @@ HARMLESS = tuple(  # beginnings of flags that change no weights: they may differ
 
 def make_training_arguments(args):  # → transformers.TrainingArguments, vetted, or a sentence
     cpu = not torch.cuda.is_available()  # True: the same command trains on the CPU
-    die_if(cpu and (args.fp16 or args.use_flash_attention or args.ddp_comm_hook),  # made for GPUs alone
-           "--fp16, --use_flash_attention and --ddp_comm_hook need a GPU; on the CPU use --bf16, or leave them out")
+    half = args.fp16 or os.environ.get("ACCELERATE_MIXED_PRECISION") == "fp16"  # by `accelerate config`
+    die_if(cpu and (half or args.use_flash_attention or args.ddp_comm_hook),  # made for GPUs alone
+           "--fp16 (or accelerate's --mixed_precision fp16), --use_flash_attention and --ddp_comm_hook "
+           "need a GPU; on the CPU use --bf16, or leave them out")
     if cpu:  # else days pass before somebody misses the GPU
         log0("No GPU found: training on the CPU.")  # printed once, by rank 0
     args.bf16 |= args.use_flash_attention and not args.fp16  # Flash Attention takes only 16-bit numbers
@@ -420,8 +434,6 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
         eval_strategy="steps")  # main() sets "no" without validation data
     plan, rest = parser.parse_known_args(args.trainer_argv)  # rest: "--bf16 true", or a file without its flag
     die_if(rest, f"{', '.join(map(repr, rest))} belongs to no flag: leave it out, or put --train_file before")  # stray
-    die_if(plan.max_steps < 1 and plan.max_steps != -1,  # -1 stands for not given
-           f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs")
     asked = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "NO").lower()  # by `accelerate config`
     backend = plan.torch_compile_backend or {"no": None}.get(asked, asked)  # None without any wish
     mode = plan.torch_compile_mode  # such as max-autotune-no-cudagraphs, or None
@@ -429,15 +441,11 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     die_if(mode not in (None, "default", "max-autotune-no-cudagraphs"),  # torch documents it for accumulation
            f"--torch_compile_mode {mode}: known are default and max-autotune-no-cudagraphs; the others use "
            "CUDA graphs, which cannot add up the gradients of several batches")
-    known = torch._dynamo.list_backends(())  # names, with those for tests
-    die_if(backend not in (None, *known), f"--torch_compile_backend {backend}: known are {', '.join(known)}")  # typo
     wanted = not forbidden and bool(plan.torch_compile or backend or mode)  # any of them
     args.torch_compile = wanted and {"backend": backend or "inductor", "mode": mode}  # False: none
     plan.torch_compile = plan.torch_compile_backend = plan.torch_compile_mode = None  # each would compile all
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
         die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # sharded
-    die_if(plan.load_best_model_at_end and plan.save_strategy == "steps" and plan.save_steps != plan.eval_steps,  # lost
-           "--load_best_model_at_end needs a checkpoint of each evaluation: make --save_steps equal to --eval_steps")
     if not args.evaluate_only:  # the Trainer shall not reach published checkpoints
         plan.output_dir = join(args.output_dir, ".staging")  # on_save() publishes what is whole
     try:  # TrainingArguments check combinations of their own
@@ -446,8 +454,7 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
             reporter()  # RuntimeError where its package is missing
     except (ValueError, TypeError, KeyError, ImportError, RuntimeError, OSError) as error:  # any flag's fault
         die(f"the Trainer does not accept these flags: {one_line(error)}")  # in the Trainer's own words
-    old = made.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)  # a T4 or V100
-    die_if(old and made.mixed_precision == "bf16", "--bf16 needs an A40 or a newer GPU: use --fp16")  # slow
+    refuse("trainer", made, args)  # what would fail behind data and model: optimizer, schedule and more
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
         log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")  # N ranks
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
@@ -619,33 +626,12 @@ SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens at a time, 1 MB each in float3
 VOCABULARY_PART = {"cpu": 8_192}  # words that a CPU multiplies at a time, 10 MB; a GPU takes all
 GRAD_SCALE = {torch.float16: 2.0**15}  # float16 ends at 6e-8: gradients are held 32,768 times as large
 COMPILED = {}  # ("cuda", dtype): softmax_gradients(), compiled, once try_compiler() has seen it work
-HUB_ERRORS = {  # pattern for an exception's kind or message: what to do about it
-    r"(GatedRepo|gated dataset).*":  # no token, or one of an account without access
-    "is gated: accept the terms at {url}, then run hf auth login with a token of that account",
-    "Invalid credentials": "cannot be had: the hub refuses your token; run hf auth login with a new one",  # a bad token
-    "RepositoryNotFound|DatasetNotFound":  # a misspelt or a private name
-    "cannot be found: the hub knows no such name; check {url} (if private: hf auth login)",
-    "HFValidationError": "is no directory here and cannot be a name on the hub: correct it",  # e.g. outputs/
-    "ConnectionError|LocalEntryNotFound":  # the hub was tried for half a minute
-    "is not in the cache and the hub cannot be reached: check the network, or give a local directory",
-    r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'":  # an encoder-decoder, such as T5
-    "is a {found}, which predicts no next token: give a model like google/gemma-3-270m",
-    r"Config name is missing.*configs: \[(.*?)\]":  # a guess could train on the wrong language
-    "has several configurations: choose one with --dataset_config_name: {found}"}
 
 def loaded(flag, name, load, *args, **named):  # → load(*args, **named), or a sentence that says what is wrong
     try:  # the hub's libraries raise a dozen kinds of errors for a handful of reasons
         return load(*args, **named)  # from the hub, its cache or a directory
-    except Exception as error:  # no SystemExit, by which a signal ends the run
-        if ending(error):  # a signal has come, and the library has failed because of it
-            raise  # reported() finds the signal's sentence
-        words = one_line(" ".join(traceback.format_exception(error, limit=0)))  # all errors in the chain
-        path = f"/datasets/{name}" if flag == "--dataset_name" else f"/{name}"  # of the page with the terms
-        url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + path  # of the page to open
-        for pattern, sentence in HUB_ERRORS.items():  # the first pattern that fits decides
-            if found := re.search(pattern, words):  # may capture the list of configurations
-                die(f"{flag} {name} {sentence.format(url=url, found=found[found.re.groups])}")  # case, remedy
-        die(f"{flag} {name} cannot be loaded; if damaged, download or save it anew: {words[:400]}")  # unknown
+    except Exception as error:  # gated, misspelt, no network, a file that is missing or damaged
+        die(f"{flag} {name} {advice('loading', flag, name, error) or one_line(error)}")  # what to do
 
 def load_model(args):  # from the hub, its cache or a directory
     """Return (tokenizer, model in float32, on the CPU): bfloat16 would lose updates of 2e-5. Raises: SystemExit."""
@@ -672,15 +658,17 @@ def load_model(args):  # from the hub, its cache or a directory
                "one: give a model like google/gemma-3-270m")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the collator asks; nothing is padded
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
+        log0(f"note     new tokens, which the model has to learn: {len(tokenizer):,} in the tokenizer")  # random rows
         model.resize_token_embeddings(len(tokenizer))  # table and head get new rows
+    model._keys_to_ignore_on_save = {*model.all_tied_weights_keys}  # the Trainer does not call them missing
     return tokenizer, model  # the Trainer moves the model to the device
 
 def tried(what, trial, *args):  # → whether a trial on the device at hand goes well; if not, a note says why
     try:  # a compiler may be missing, a GPU too old, torch another one
         why = trial(*args)  # "" or None if all is well, else words
     except Exception as error:  # dozens of kinds: the compiler's, the driver's, torch's own
-        if isinstance(error, torch.OutOfMemoryError) or ending(error):  # a full GPU, or a signal
-            raise  # explain() and reported() have sentences for both
+        if isinstance(error, torch.OutOfMemoryError):  # a full GPU
+            raise  # explain() has a sentence for it
         why = f"{type(error).__name__}: {one_line(error)[:160]}"  # its beginning tells the cause
     if why and SPEAKER:  # each machine speaks of its own devices
         print(f"note     {what} is not used ({why}): slower, but not wrong", flush=True)  # the run goes on
@@ -851,7 +839,7 @@ def use_chunked_loss(model):  # replaces the model's own loss
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # more than one matrix
             return "this model's own head holds all logits"  # as plain transformers does
         if getattr(model.config, "output_router_logits", False):  # a small part of the loss is for experts
-            return "this model's own is also for its experts, and holds all logits"  # as a mixture does
+            return "this model's own holds all logits, and shows a training loss with a part for its experts"  # not CE
         if head.weight.is_cuda:  # a CPU is as fast without a compiler
             tried("a compiled loss", try_compiler, head.weight, softcap)  # else 256 rows at a time
         ids = torch.arange(8, device=head.weight.device)[None]  # (1, 8): enough to tell two losses apart
@@ -920,6 +908,13 @@ TEXT = BEGINS + ENDS + CUT  # a row that is a text of its own
 TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer, whose working memory is about 100 times that
 PIECE = 32_768  # characters of a document in a row: a thousand rows are in memory at a time
 
+def prepare_dataset(args, tokenizer, rebuild):  # load_and_prepare_dataset(), also where the cache is damaged
+    try:  # as often as not all is in the cache
+        return load_and_prepare_dataset(args, tokenizer, rebuild)  # (train, validation)
+    except (OSError, ValueError, MemoryError, datasets.exceptions.DatasetGenerationError) as error:  # cut short, full
+        explain(error, "--cache_dir", args.cache_dir, "", False)  # a full disk ends the run
+        log0(f"note     data in {args.cache_dir} is damaged ({one_line(error)[:99]}): it is made anew")  # once
+        return load_and_prepare_dataset(args, tokenizer, True)  # what fails again is another fault
 def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool): remake what the cache holds
     """Return (train, validation): datasets.Dataset or None, `input_ids` of max_seq_length int32 each."""
     if args.preprocessing_num_workers:  # the tokenizer is written in Rust, where threads share the work
@@ -928,38 +923,54 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
     limits = {"train": args.max_train_samples, "validation": args.max_eval_samples}  # None: all chunks
     if args.evaluate_only:  # --do_eval without --do_train
         del files["train"]  # training text would be read for nothing
-    texts = load_named_dataset(args, list(files)) if args.dataset_name else {}  # split → rows
-    size = PIECE if ".txt" not in str(files).lower() or splits_at_lines(tokenizer) else math.inf  # inf: whole
+    named = load_named_dataset(args, list(files), rebuild) if args.dataset_name else {}  # split → rows, or files
+    files |= {split: named.pop(split) for split in files if isinstance(named.get(split), list)}  # of a folder
+    documents = any(kind_of(path) in DOCUMENTS for path in sum(files.values(), []))  # rows are pieces of these
+    die_if("--sample_by" in args.given and not documents, "--sample_by is for .txt and .md files: leave it out")  # none
+    size = PIECE if not documents or splits_at_lines(tokenizer) else math.inf  # characters in a row
     schema = {"text": datasets.Value("large_string"), "_marks": datasets.Value("int8")}  # 64-bit offsets
     for split in [split for split in files if files[split]]:  # all files are read first: faults show early
         kwargs = {"files": tuple(files[split]), "column": args.text_column,  # datasets would split up a list
                   "sample_by": args.sample_by, "size": size}  # of .txt files
-        texts[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # as rows
+        named[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # as rows
     chunks = {}  # split → Dataset of chunks
-    for split in list(texts):  # list(): pop() shrinks texts in the loop
-        packed = pack_split(split, texts.pop(split), tokenizer, args, rebuild)  # frees each after its use
+    for split in list(named):  # list(): pop() shrinks it in the loop
+        packed = pack_split(split, named.pop(split), tokenizer, args, rebuild)  # frees each after its use
         chunks[split] = packed.take(min(limits[split] or len(packed), len(packed)))  # a view, no copy
         if len(chunks[split]) < len(packed):  # --max_train_samples or --max_eval_samples is in force
             log0(f"{split}: only the first {limits[split]:,} of {len(packed):,} chunks are used")  # as asked
     return chunks.get("train"), chunks.get("validation")  # None for a split without data
 
-def load_named_dataset(args, wanted):  # wanted: names of splits, of which the first must be there
-    """Return {split: Dataset of the text column} of --dataset_name, from the hub or a directory."""
+def load_named_dataset(args, wanted, rebuild):  # wanted: names of splits, of which the first must be there
+    """Return {split: Dataset of the text column, or list of files} of --dataset_name, a hub's name or a folder."""
     name = {"wikitext": "Salesforce/wikitext"}.get(args.dataset_name, args.dataset_name)  # renamed on the hub
     config = args.dataset_config_name  # None without the flag
     if name == "Salesforce/wikitext" and not config:  # the example that everybody starts with
         config = "wikitext-2-raw-v1"  # untouched text; wikitext-103 has 50 times as much
         log0(f"{name}: no --dataset_config_name given, taking {config}.")  # no choice is made in silence
     saved = isfile(join(name, "state.json")) or isfile(join(name, "dataset_dict.json"))  # from save_to_disk()
-    die_if(saved and config, f"--dataset_config_name {config}: {name} is one saved data set; leave it out")  # none kept
+    card = join(name, "README.md")  # may hold a loading configuration: which files, which columns
+    configured = isfile(card) and re.search("^configs:", open(card, encoding="utf-8").read(), re.M)  # it does
+    folder = isdir(name) and not (saved or configured)  # of files, to be read as those of --train_file
+    die_if(config and (saved or folder), f"--dataset_config_name {config}: {name} has none; leave it out")  # unused
     if saved:  # a Dataset or a DatasetDict
         data = loaded("--dataset_name", name, datasets.load_from_disk, name)  # maps its files only
-    else:  # on the hub, or a directory of data files
-        data = loaded("--dataset_name", name, datasets.load_dataset, name, config, cache_dir=args.cache_dir)  # cached
+    elif folder:  # names tell the splits
+        patterns = loaded("--dataset_name", name, get_data_patterns, name)  # the rules of datasets
+        found = DataFilesDict.from_patterns(patterns, base_path=name)  # split → absolute paths
+        data = {str(split): [*paths] for split, paths in found.items()}  # the library has classes of its own
+    else:  # on the hub, or a directory with a configuration
+        kwargs = {"cache_dir": args.cache_dir, "download_mode": "reuse_cache_if_exists" * rebuild or None}  # or as is
+        data = loaded("--dataset_name", name, datasets.load_dataset, name, config, **kwargs)  # cached
     data = data if isinstance(data, dict) else {"train": data}  # a lone Dataset is training data
     die_if(wanted[0] not in data,  # no other split is taken in silence
            f"--dataset_name {name} has no {wanted[0]} split, only {', '.join(data)}: give --{wanted[0]}_file instead")
     splits = {split: data[split] for split in wanted if split in data}  # never the test split
+    if folder:  # read_texts() will read them
+        used = in_folder("--dataset_name", abspath(name), sum(splits.values(), []))  # says what is left out
+        for split, paths in splits.items():  # in the order of their names
+            splits[split] = expand_files("--dataset_name", [path for path in used if path in paths])  # checked
+        return splits  # lists of files
     for split, rows in splits.items():  # each split must have the text column
         check_column(f"{name}, split {split}", args.text_column, rows.column_names)  # the usual first mistake
         kind = rows.features[args.text_column]  # the column's type: Value, List, Image and so on
@@ -982,43 +993,42 @@ def read_texts(files, column, sample_by, size):  # a generator: in memory is one
     """Yield {"text": str or None, "_marks": int} for each row, in order. Raises: SystemExit(2), with place."""
     rows = 0  # rows of all files so far, blank ones too
     for path in files:  # formats may be mixed
-        kind = os.path.splitext(path.removesuffix(".gz"))[1].lower()  # such as ".jsonl", also for x.jsonl.gz
-        if kind == ".txt":  # the one format without columns
+        if kind_of(path) in DOCUMENTS:  # formats without columns
             found = read_txt(path, column, sample_by, size)  # rows made of lines
         else:  # datasets' own reader of CSV would take NA for null
-            found = read_csv(path) if kind == ".csv" else read_json(path)  # each row is a text
+            readers = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}  # each row is a text
+            found = readers.get(kind_of(path), read_json)(path, column)  # .json holds either layout
         for place, row, marks in found:  # place (str) names file and line; datasets' errors do not
             rows += 1  # an empty file is an error below
             if not isinstance(row, dict):  # a bare string, number or list
-                die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "…"}}')  # an example
-            check_column(f"{path}, line 1" if kind == ".csv" else place, column, row)  # names may change
+                die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "..."}}')  # e.g.
+            check_column(place, column, row, path)  # names may change
             text = row[column]  # str or None, if the file is right
             if not isinstance(text, str | None):  # numbers and lists are no text
-                die(f"{place}: column {column!r} holds {json.dumps(text)[:60]}, not text; "  # value as JSON
+                die(f"{place}: column {column!r} holds {json.dumps(text, default=str)[:60]}, not text; "  # JSON
                     "choose another with --text_column, or put quotes around it")
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
                 die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")  # no UTF-8
             yield {"text": text, "_marks": marks}  # one row of the cache; null counts as blank later
-    die_if(not rows, f"{', '.join(files)}: no rows; check how it was written")  # a lone header, or []
+    die_if(not rows, f"{', '.join(files[:9])}: no rows; check how it was written")  # a lone header, or []
 
 def read_lines(path):  # → (place, line); a line ends with \n; the file may be gzipped, and larger than memory
-    unpack = gzip.open if path.endswith(".gz") else open  # gzip.open and open take the same arguments
-    with unpack(path, "rt", encoding="utf-8-sig", newline="\n") as lines:  # -sig skips the mark Excel writes
+    unpack = gzip.open if path.lower().endswith(".gz") else open  # gzip.open and open take the same arguments
+    with unpack(path, "rt", encoding="utf-8-sig") as lines:  # skips Excel's mark; \r and \r\n become \n
         try:  # the file may be damaged, or in another encoding
             for number, line in enumerate(lines, 1):  # from 1, as editors count
-                if "\0" in line:  # in UTF-16 every other byte of English is NUL
-                    die(f"{path} is not UTF-8: line {number} holds NUL characters; "  # Windows writes UTF-16
-                        "if it is UTF-16, convert it, for example with iconv -f utf-16le -t utf-8")
-                yield f"{path}, line {number}", line.replace("\r\n", "\n")  # Windows ends lines with \r\n
-        except UnicodeDecodeError as error:  # the file is Latin-1, UTF-16 or no text
+                if "\0" in line:  # by a slip of the program that wrote the file, which is no UTF-16
+                    die(f"{path}, line {number}, column {line.index(chr(0)) + 1}: a NUL character, which is no "  # at
+                        "text: remove it, for example with tr -d '\\000' < FILE > NEW")
+                yield f"{path}, line {number}", line.replace("\ufeff", "")  # cat leaves marks inside a file
+        except UnicodeDecodeError as error:  # the file is in another encoding, or no text
             byte = lines.buffer.tell() - len(error.object) + error.start  # offset from 0, once unpacked
-            encoding = "utf-16" if error.object[:2] in (b"\xff\xfe", b"\xfe\xff") else "latin1"  # by its first bytes
-            die(f"{path} is not UTF-8: byte {byte} is 0x{error.object[error.start]:02x}; "  # the bad byte
-                f"convert it, for example with iconv -f {encoding} -t utf-8")
+            words = advice("encoding", path, error.object, error.start)  # how to convert it
+            die(f"{path} is not UTF-8: byte {byte} is 0x{error.object[error.start]:02x}; {words}")  # what to do
         except (OSError, EOFError, gzip.zlib.error) as error:  # a bad disk; a .gz cut short, or none at all
             die(f"{path} cannot be read to its end: {error}")  # in the words of Linux or of gzip
 
-def read_txt(path, column, sample_by, size):  # → (place, {column: str}, marks) of a .txt file
+def read_txt(path, column, sample_by, size):  # → (place, {column: str}, marks) of a document
     document = sample_by == "document"  # comes in pieces of whole lines, about size characters each
     text = ""  # the lines of a row
     marks = BEGINS if document else BEGINS + CUT  # ENDS is added to the last lines of a text
@@ -1040,21 +1050,36 @@ def splits_at_lines(tokenizer):  # → bool: do the pieces of a document have th
     across = re.search("[\nĊ][^\nĊ\0]", "\0".join(tokenizer.get_vocab()))  # a token past a break
     return whole == sum(pieces, []) and not across  # Gemma has no such token; Ċ is how GPT-2 writes a line break
 
-def read_csv(path):  # → (place, {column: str}, marks); values in quotes may span lines
+def read_csv(path, column):  # → (place, {column: str}, marks); values in quotes may span lines
     csv.field_size_limit(2**31 - 1)  # per cell; Python's own limit is 128 KiB
-    rows = csv.reader((line for _, line in read_lines(path)), strict=True)  # strict: open quotes are errors
+    first = next((line for _, line in read_lines(path)), "")  # names of the columns
+    cells = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",;\t|"}  # split by each
+    mark = max(cells, key=lambda mark: (column in cells[mark], len(cells[mark])))  # it finds the column
+    if mark != "," and kind_of(path) != ".tsv":  # as spreadsheets write it where 1,5 is a number
+        log0(f"note     {path}: columns are separated by {mark!r}")  # seen in the header
+    rows = csv.reader((line for _, line in read_lines(path)), delimiter=mark, strict=True)  # strict about quotes
     try:  # csv.Error says what is wrong, rows.line_num where
         header = next(rows, [])  # names of the columns; [] for a file without rows
+        check_column(f"{path}, line 1", column, header, path)  # before the first row
         for row in rows:  # row (list[str]): the cells
             if row and len(row) != len(header):  # too many or too few cells: the text's is unknown
-                die(f"{path}, line {rows.line_num}: {len(row)} values, but the header "  # where the row ends
-                    f"has {len(header)}; texts with commas or line breaks need double quotes around them")
+                die(f"{path}, line {rows.line_num}: {len(row)} values, but the header has {len(header)}; "  # where
+                    f"texts with {mark!r} or line breaks need double quotes around them")
             cells = dict(zip(header, row or [""] * len(header), strict=True))  # an empty line is a blank row
             yield f"{path}, line {rows.line_num}", cells, TEXT  # the line where the row ends
     except csv.Error as error:  # a quote left open, or text behind a closed one
         die(f"{path}, line {rows.line_num}: broken CSV: {error}")  # "unexpected end of data": an open quote
-
-def read_json(path):  # → (place, value, marks) of each line of JSON, or of each item of one JSON array
+def read_parquet(path, column):  # → (place, {column: value}, marks) of each row
+    try:  # the file may be damaged
+        source = pq.ParquetFile(path)  # reads its footer only
+        check_column(path, column, source.schema_arrow.names, path)  # the usual first mistake
+        batches = source.iter_batches(1000, columns=[column])  # rows: memory stays flat
+        values = (value for batch in batches for value in batch.column(0).to_pylist())  # str or None
+        for number, value in enumerate(values, 1):  # from 1, as lines are counted
+            yield f"{path}, row {number}", {column: value}, TEXT  # read_texts() looks at the value
+    except (pa.ArrowException, OSError) as error:  # cut short, or a bad disk
+        die(f"{path} cannot be read to its end: {one_line(error)}")  # in Arrow's words
+def read_json(path, column):  # → (place, value, marks) of each line of JSON, or of each item of one array
     first = next((line for _, line in read_lines(path) if line.strip()), "")  # tells the two layouts apart
     array = first.lstrip().startswith("[")  # an array is parsed whole: take lines for gigabytes
     text = array and "".join(line for _, line in read_lines(path))  # "" for lines, which are read one by one
@@ -1063,17 +1088,19 @@ def read_json(path):  # → (place, value, marks) of each line of JSON, or of ea
             values = json.loads(part.rstrip() or "[]")  # a list for an array or a blank line, else one value
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             place += f", line {getattr(error, 'lineno', 1)}" * array  # array: counted from the file's start
-            die(f"{place}: broken JSON: {getattr(error, 'msg', error)}; "  # in the words of Python's parser
-                "the file must hold one object a line or one array of objects")
+            way = advice("layout", path, column) or "write one object a line, or one array of objects"  # or jq
+            die(f"{place}: broken JSON: {getattr(error, 'msg', error)}; {way}")  # in Python's words
         for item, value in enumerate(values if array or not part.strip() else [values], 1):  # counted from 1
             yield f"{path}, item {item}" if array else place, value, TEXT  # lines mean little in an array
-def check_column(place, column, columns):  # place (str): where, for the sentence; columns: all names
+def check_column(place, column, columns, path=""):  # place (str): for the sentence; columns: names, or a row
     if column not in columns:  # misspelt, or the default "text" that the data lacks
         names = [str(name) for name in columns]  # a header's cells or an object's keys
+        way = advice("columns", columns, path) or "choose one with --text_column"  # or how to make it
         die(f"{place}: no column {column!r}{did_you_mean(column, names)}; "  # the nearest name is suggested
-            f"columns: {', '.join(names) or 'none'}; choose one with --text_column")
+            f"columns: {', '.join(names) or 'none'}; {way}")
 
 def special_ids(tokenizer, add_eos):  # → (ids before each text, ids behind it): [~2] and [] for Gemma
+    die_if(add_eos and tokenizer.eos_token_id is None, "--add_eos: this tokenizer has no EOS; leave it out")  # None
     ids = tokenizer.encode("a")  # with all that this tokenizer adds
     start = [~token for token in ids[:1] if token == tokenizer.bos_token_id]  # [] if it puts no BOS there
     return start, [tokenizer.eos_token_id] * (add_eos or ids[-1] == tokenizer.eos_token_id)  # some always do
@@ -1082,7 +1109,6 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
     start, end = special_ids(tokenizer, args.add_eos)  # lists of ids
     recipe = (tokenize_texts, rows._fingerprint, start, end, tokenizer.bos_token_id, tokenizer.eos_token_id)  # ids
     key = Hasher.hash((*recipe, tokenizer.backend_tokenizer.to_str()))  # the tokenizer object would take 4 s
-    folder = os.path.expanduser(args.cache_dir or datasets.config.HF_DATASETS_CACHE)  # data may be read-only
     kinds = {"input_ids": datasets.List(datasets.Value("int32")), "_marks": datasets.Value("int8")}  # columns
     tokenized = rows.map(  # a batch at a time: memory stays flat
         tokenize_texts, desc=f"Tokenizing {split}",  # a batch of texts → a batch of lists of ids
@@ -1090,7 +1116,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
         input_columns=rows.column_names, remove_columns=rows.column_names,  # the text is not kept
         batched=True, batch_size=max(1, min(1000, TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes))),  # 1 MB
         features=datasets.Features(kinds), load_from_cache_file=not rebuild,  # 4 bytes an id
-        new_fingerprint=key, cache_file_name=join(folder, f"tokenized-{key}.arrow"))  # found again by the key
+        new_fingerprint=key, cache_file_name=join(args.cache_dir, f"tokenized-{key}.arrow"))  # found again
     read = (rows.data.column("_marks").to_numpy() & BEGINS).sum()  # texts: the pieces of a document are one
     die_if(not len(tokenized), f"the {split} data holds no text: all {read:,} rows are blank")  # or null
     length = args.max_seq_length  # T, the tokens of a chunk
@@ -1364,25 +1390,15 @@ def print_plan(args, training_args, trainer, train, validation):  # what is abou
         steps = training_args.max_steps if training_args.max_steps > 0 else epochs  # --max_steps has priority
         at_peak = training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")  # without warm-up
         warmup = 0 if at_peak else training_args.get_warmup_steps(steps)  # a value below 1 is a part of steps
-        notes = {  # sentence: whether it applies; none of them in an ordinary run
-            f"the run is shorter than its warm-up: it reaches {(steps - 1) / max(warmup, 1):.1%} of the learning rate; "
-            f"lower --warmup_steps, to {steps // 10} for example": warmup >= steps,  # the rate starts at 0
-            f"all {used:,} chunks make less than one step of {a_step:,}: lower --gradient_accumulation_steps "
-            f"to {max(1, used // a_pass)} for a full one": used < a_step,  # a handful of texts
-            f"{-used % a_pass:,} chunks are trained on twice an epoch": used % a_pass and world > 1}  # repeats fill up
-        log0(f"batch    {args.per_device_train_batch_size} per device × {args.gradient_accumulation_steps}"  # in chunks
-             f" accumulation × {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
+        notes = advice("plan", args, used, a_pass, a_step, steps, warmup, world, 12 * size)  # odd things
+        log0(f"batch    {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps}"  # in chunks
+             f" accumulation x {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "
-             f"warm-up {warmup:,} steps", *(f"note     {note}" for note in notes if notes[note]))  # and notes
-        free = shutil.disk_usage(args.output_dir).free  # bytes, of the disk that holds output_dir
-        needed = (args.save_total_limit + 1 - len(  # checkpoints still to come, in bytes
-            glob("checkpoint-*", root_dir=args.output_dir))) * 12 * size  # 12 bytes: a weight, Adam's two
-        if free < needed:  # limit + 1: the oldest goes once the newest is there
-            log0(f"warning  {needed / 1e9:.2g} GB will be needed for checkpoints in "  # for limit + 1 of them
-                 f"{args.output_dir}, where {free / 1e9:.2g} GB are free: see --save_total_limit")
+             f"warm-up {warmup:,} steps", *notes)  # a long warm-up, a full disk and the like
+    curves = f" (tensorboard --logdir {join(args.output_dir, 'runs')})"  # where the losses are drawn
     bos, eos = ("with" + "out" * (not ids) for ids in special_ids(trainer.processing_class, args.add_eos))  # words
     log0(f"data     texts begin {bos} BOS, end {eos} EOS (--add_eos)",  # without EOS a model learns no end
-         f"output   {args.output_dir} (tensorboard --logdir {join(args.output_dir, 'runs')})")  # the curves
+         f"output   {args.output_dir}{curves * ('tensorboard' in training_args.report_to)}")  # the model, too
 
 def save_results(trainer, split, metrics):  # a table, {split}_results.json, and a part of all_results.json
     trainer.log_metrics(split, metrics)  # rank 0 prints a table
@@ -1413,21 +1429,6 @@ def train_and_save(trainer, run, resume, dtype):  # train, evaluate, publish; a 
         os.rmdir(staging)  # .staging is empty by now
         fsync(run.output_dir)  # on the disk before the exit status says so
 
-def explain(error, training_args, run):  # a sentence for errors that the user can mend
-    words = one_line(error)  # the error's own words
-    lost = isinstance(error, RuntimeError) and re.search("timed ?out|by peer|remote process", words, re.I)  # gloo, NCCL
-    if lost and training_args.world_size > 1:  # a rank is lost; tools/launch.py says which
-        die(f"another process was lost or does not answer ({words}); the same command again goes on", 1, True)  # retry
-    if re.search("out of memory|an(no|')t allocate memory", words) or isinstance(error, MemoryError):  # on GPU or CPU
-        die(f"out of memory on {training_args.device}: {REMEDIES}", 1, True)  # perhaps on this rank only
-    disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", repr(error))  # full disk
-    if disk or isinstance(error, OSError):  # No space left on device, and the like
-        free = shutil.disk_usage(run.output_dir).free / 1e9 if isdir(run.output_dir) else 0  # GB; 0: it is gone
-        die(f"--output_dir {run.output_dir} cannot be written ({words}): it is gone, or lacks space "  # most often
-            f"({free:.2g} GB are free, a checkpoint needs 3.2). Mend that; the same command goes on", 1, True)  # 1
-    if isinstance(error, ImportError | ValueError | TypeError) and not run.signals.in_training:  # before a step
-        die(f"a flag of the Trainer cannot be used: {words}")  # such as --use_liger_kernel without package
-
 def main(args, signals):  # the table of contents; args: Namespace, or the SystemExit of a wrong call
     ranks = join_group(args)  # Ranks of one process, or of several on all machines
     with ranks.together():  # phase: the flags and the settings
@@ -1457,7 +1458,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     for first in (True, False):  # phase: one process a machine prepares the data, the others read its cache
         with ranks.together():  # the others wait here, for hours if need be
             if (ranks.rank == ranks.machine) == first:  # this process's turn
-                train, validation = load_and_prepare_dataset(args, tokenizer, args.overwrite_cache and first)  # chunks
+                train, validation = prepare_dataset(args, tokenizer, args.overwrite_cache and first)  # chunks
     prints = fingerprints(model, train, validation)  # of every token and every weight
     ranks.check_same(prints)  # copies of the data may differ between machines
     steers = ["validation_data"] * ("validation_file" in run.settings)  # there if losses steer the run
@@ -1484,14 +1485,13 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         else:  # every other call trains
             train_and_save(trainer, run, resume, getattr(torch, args.save_dtype))  # publishes in output_dir
     except Exception as error:  # die() raises SystemExit, which is no Exception
-        explain(error, training_args, run)  # in a sentence, if the user can mend it
+        explain(error, "--output_dir", args.output_dir, training_args.device, signals.in_training)  # or not
         raise  # unexplained: Python prints the traceback
     log0(f"Done: the {'metrics are' if args.evaluate_only else 'model is'} in {args.output_dir}.")  # a run's last line
 
 if __name__ == "__main__":  # python main.py, accelerate launch main.py
     try:  # however the run ends
         with reported():  # an error ends in one sentence
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)  # signals are received again
             main(ARGS, SIGNALS)  # ARGS may be the SystemExit of a wrong call
     finally:  # Python's own end follows, in which nothing may raise, and which waits for living helpers
         for number in (signal.SIGCHLD, *STOPS):  # torch complains about killed loaders; a signal now just kills

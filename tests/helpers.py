@@ -200,11 +200,26 @@ def plain_loss(model_dir, chunks):
 # ── Running main.py ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(*argv, env=None, cwd=None, prepare=None, signals=()):
+def last_wins(argv):
+    """Leave out a flag that a later one replaces: main.py refuses a flag that is given twice."""
+    parts = []
+    for word in map(str, argv):
+        if word.startswith("--") or not parts:
+            parts.append([word])
+        else:
+            parts[-1].append(word)
+    names = [part[0].partition("=")[0].replace("-", "_") for part in parts]
+    kept = [part for at, part in enumerate(parts) if names[at] not in names[at + 1 :]]
+    return [word for part in kept for word in part]
+
+
+def run(*argv, env=None, cwd=None, prepare=None, signals=(), repeated=False):
     """Run main.py in a fork of this process, after prepare() in it. Returns: status, out, err and pid.
 
     signals: pairs (seconds, number): what it gets so long after its start, or after it has set its own handlers.
+    repeated: whether flags reach it as they are, also when they are given twice.
     """
+    argv = argv if repeated else last_wins(argv)
     sys.stdout.flush(), sys.stderr.flush()
     with tempfile.TemporaryDirectory(dir=SCRATCH) as folder:
         out, err = Path(folder, "out"), Path(folder, "err")
@@ -273,7 +288,7 @@ def launch(*argv, env=None, cwd=ROOT, timeout=600):
     """Run a command as a user would, `python main.py …` unless it names another program. Returns: as run does."""
     command = [str(text) for text in argv]
     if command[0].startswith("-"):
-        command = [sys.executable, str(ROOT / "main.py"), *command]
+        command = [sys.executable, str(ROOT / "main.py"), *last_wins(command)]
     done = subprocess.run(
         command, env=os.environ | (env or {}), cwd=cwd, timeout=timeout, capture_output=True, text=True
     )
@@ -297,7 +312,7 @@ def finish(*argv, **more):
 def plain_user(*argv, env=None):
     """Run main.py in a new interpreter that file permissions bind, also when root runs the tests."""
     need(*ORDINARY[:1])
-    return launch(*ORDINARY, sys.executable, ROOT / "main.py", *argv, env=env)
+    return launch(*ORDINARY, sys.executable, ROOT / "main.py", *last_wins(argv), env=env)
 
 
 def refused(done, *words, status=2):

@@ -41,7 +41,9 @@ CALLS = {
     "best checkpoint of nothing": (
         GOOD + "--save_strategy best --metric_for_best_model loss", "--save_strategy best", "--validation_file"
     ),
-    "schedule without its numbers": (GOOD + "--lr_scheduler_type warmup_stable_decay", "num_decay_steps", "flag"),
+    "schedule without its numbers": (
+        GOOD + "--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay", "num_decay_steps"
+    ),
     "switch that is not there": (GOOD + "--no_bf16", "'--no_bf16'", "leave it out"),
     "do_eval of a checkpoint": (
         "--validation_file {train} --do_eval --resume_from_checkpoint {tmp}/out/checkpoint-1",
@@ -103,7 +105,7 @@ CALLS = {
     "output over the model": (
         "--train_file {train} --output_dir {tiny}", "--output_dir", "the model to start from", "choose another"
     ),
-    "stray word": (GOOD + "--bf16 stray", "'stray'", "belongs to no flag", "--train_file"),
+    "stray word behind a switch": (GOOD + "--bf16 stray", "--bf16", "'stray'", "neither True nor False"),
     "stray word behind a Trainer flag": (GOOD + "--max_steps 2 stray", "'stray'", "belongs to no flag"),
     "max_steps no number": (GOOD + "--max_steps abc", "--max_steps", "'abc'"),
     "max_steps 0": (GOOD + "--max_steps 0", "--max_steps", "at least 1"),
@@ -249,7 +251,7 @@ PATHS = {
     "file missing": ("--train_file {tmp}/trian.jsonl", "--train_file", "trian.jsonl", "no such file", "/train.jsonl'?"),
     "validation file missing": (GOOD + "--validation_file {tmp}/val.txt", "--validation_file", "val.txt", "no such"),
     "glob without a match": ("--train_file {tmp}/*.csv", "--train_file", "*.csv", "no such file"),
-    "file is a directory": ("--train_file {tmp}", "--train_file", "is a directory", "--dataset_name"),
+    "directory without text": ("--train_file {tmp}/out", "--train_file", "no files of the kinds", "left out", "optimizer.pt"),
     "output_dir is a file": (GOOD + "--output_dir {train}", "--output_dir", "train.jsonl", "file", "choose"),
     "output_dir below a file": (GOOD + "--output_dir {train}/out", "--output_dir", "Not a directory", "choose"),
     "model missing": (GOOD + "--model_name_or_path {tmp}/none", "--model_name_or_path", "none", "no such directory"),

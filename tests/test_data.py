@@ -461,7 +461,7 @@ def lines(*rows):
 ZIPPED = gzip.compress(lines(*[{"text": f"row {number}"} for number in range(1000)]).encode())
 CONTENT = {  # case: (file name, content), words of the sentence
     "empty": (("bad.jsonl", ""), "bad.jsonl", "empty"),
-    "unknown extension": (("bad.parquet", "PAR1"), "bad.parquet", "extension", ".json", ".csv", ".txt", ".gz"),
+    "unknown ending": (("bad.log", "text"), "bad.log", "none of the known endings", ".json", ".csv", ".txt", ".gz", "cp "),
     "broken line": (("bad.jsonl", '{"text": "a"}\n{"text": "b"\n'), "bad.jsonl, line 2", "broken JSON", "one object a"),
     "broken array": (("bad.json", '[{"text": "a"},\n {"text": "b"},\n {"text": }]'), "bad.json, line 3", "broken JSON"),
     "open array": (("bad.json", '[{"text": "a"},\n'), "bad.json, line ", "broken JSON"),
@@ -481,13 +481,12 @@ CONTENT = {  # case: (file name, content), words of the sentence
     "csv with a value too few": (("bad.csv", "id,text\n1,hello\n2\n"), "bad.csv, line 3", "1 value", "has 2"),
     "csv with an open quote": (("bad.csv", 'id,text\n1,"hello\n2,world\n'), "bad.csv", "broken CSV", "line"),
     "Latin-1": (("bad.txt", "plain\ncafé\n".encode("latin1")), "bad.txt", "not UTF-8", "byte 9", "0xe9", "iconv"),
-    "UTF-16": (("bad.txt", "a line\n".encode("utf-16")), "bad.txt", "not UTF-8", "byte 0", "utf-16"),
+    "UTF-16": (("bad.txt", "a line\n".encode("utf-16")), "bad.txt", "is UTF-16-LE", "iconv -f utf-16-le -t utf-8"),
     "UTF-16 without a mark": (
         ("bad.txt", "a line\nand another\n".encode("utf-16-le")),
         "bad.txt",
-        "line 1",
-        "NUL",
-        "iconv -f utf-16le",
+        "is UTF-16-LE",
+        "iconv -f utf-16-le",
     ),
     "NUL in CSV": (("bad.csv", "text\nhello\nwor\0ld\n"), "bad.csv", "line 3", "NUL"),
     "no such column in json": (

@@ -13,6 +13,7 @@ from helpers import PATH, ROOT, launch, need, write_jsonl
 
 import main
 from tools import flags
+from tools.foreign_flags import FOREIGN
 
 ALONE, UNMADE = "TRAIN_FILE is not: set both", "model/config.json is missing. Run `bash example_run.sh quickstart`"
 LINK = ".venv is a link to /gone, which is gone: rm .venv"
@@ -63,7 +64,7 @@ def test_scenarios_run_on_a_local_model(tiny, texts, tmp_path):
 def test_the_page_of_flags_is_that_of_the_parser():
     """F1 to F24: docs/flags.md says what `main.py --help` says; else run `python tools/flags.py > docs/flags.md`."""
     page = (ROOT / "docs/flags.md").read_text()
-    assert page == flags.page(flags.help_text(), main.REFUSED)
+    assert page == flags.page(flags.help_text(), main.REFUSED, FOREIGN)
     options = {option for option in re.findall(r"^  (--\w+)", flags.help_text(), re.M)}
     assert options == set(re.findall(r"^\| `(--\w+)` \|[^|]*\|[^|]*\|$", page, re.M)) and len(options) == 41
 

@@ -234,7 +234,7 @@ def test_the_banner_says_what_will_happen(finished):
         "No GPU found: training on the CPU.",
         "99,008 parameters in float32, sdpa attention",
         "device   cpu, 1 process",
-        "4 per device × 8 accumulation × 1 = 32 chunks = 2,048 tokens a step",
+        "4 per device x 8 accumulation x 1 = 32 chunks = 2,048 tokens a step",
         f"steps    {steps} (3 epochs), learning rate 0.001, warm-up 2 steps",
         "texts begin with BOS, end without EOS",
         f"output   {output}",

@@ -1,4 +1,4 @@
-"""Print docs/flags.md: every flag of main.py with its default, from `main.py --help`, and the flags that it refuses.
+"""Print docs/flags.md: every flag of main.py with its default, those that it refuses, those of other trainers.
 
     python tools/flags.py > docs/flags.md
 """
@@ -27,6 +27,17 @@ others. These are refused, as each would break a promise of the README:
 |---|---|
 """)
 
+OTHERS = (  # above the last table
+    """
+## Flags of other trainers
+
+What main.py answers to a flag of run_clm, transformers 4, TRL, Axolotl, LLaMA-Factory, Unsloth, torchtune, LitGPT
+or nanoGPT; names of YAML files are written as flags.
+
+| flag | answer |
+|---|---|
+""")
+
 def sections(text):  # takes the help apart
     """Yield (title, [(flag, what it does, default)]) of each section in the text that `main.py --help` prints."""
     text = re.sub(r"\n {8,}", "  ", text)  # a long flag's words stand on a line of their own
@@ -36,8 +47,8 @@ def sections(text):  # takes the help apart
         if flags:  # "options" holds --help alone, which has no default
             yield title, flags  # a title and its flags
 
-def page(text, refused):  # puts the page together
-    """Return docs/flags.md (str). text: what `main.py --help` prints; refused (dict): main.REFUSED."""
+def page(text, refused, foreign):  # puts the page together
+    """Return docs/flags.md (str). text: what `main.py --help` prints; refused, foreign: {flag: words}."""
     lines = [HEAD, "| flag | default | what it does |", "|---|---|---|"]  # one table for all sections
     for title, flags in sections(text):  # in the order of parse_args()
         lines.append(f"| **{title}** | | |")  # a row of its own
@@ -46,7 +57,8 @@ def page(text, refused):  # puts the page together
             shown = words_for.get(default, f"`{default}`")  # any other value is printed as code
             lines.append(f"| `{flag}` | {shown} | {words} |")  # a row of the table
     rows = [f"| `{flag}` | {reason} |" for flag, reason in refused.items()]  # in main.py's order
-    return "\n".join(lines) + "\n" + TAIL + "\n".join(rows) + "\n"  # ends with a line break, as files do
+    others = [f"| `{flag}` | {words} |" for flag, words in foreign.items()]  # by what they are about
+    return "\n".join([*lines, TAIL + "\n".join(rows), OTHERS + "\n".join(others), ""])  # ends with a line break
 
 def help_text():  # what a user sees
     """Return what `main.py --help` prints, in lines of any length."""
@@ -56,5 +68,7 @@ def help_text():  # what a user sees
 
 if __name__ == "__main__":  # not when a test imports it
     sys.path.insert(0, str(HERE))  # main.py is no installed package
+    from foreign_flags import FOREIGN  # in this directory
+
     from main import REFUSED  # not at the top: a test has main already
-    print(page(help_text(), REFUSED), end="")  # the page ends with a line break
+    print(page(help_text(), REFUSED, FOREIGN), end="")  # the page ends with a line break

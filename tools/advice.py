@@ -1,0 +1,361 @@
+"""What is wrong with what people bring to a training, and what to do: words for the sentences of main.py.
+
+main.py knows what is right, and asks here once something is wrong, or might be: advice("file", flag, path, endings).
+Each function takes facts and returns words, or "" where it knows nothing better than main.py does by itself. Nothing
+here changes what is trained: without this file main.py trains the same, and ends with shorter sentences, or later.
+"""
+import gzip  # looks into .gz files
+import json  # objects that span lines
+import os  # permissions, the environment
+import re  # libraries' errors are known by their words
+import runpy  # reads foreign_flags.py
+import shlex  # quotes paths for the shell
+import shutil  # free space
+import traceback  # errors with all their causes
+from contextlib import suppress  # what cannot be read here is left to main.py
+from importlib.metadata import distributions  # which flash-attn is installed
+from types import SimpleNamespace  # arguments with changes
+
+HEAD = 4096  # bytes of a file that tell its kind
+
+def in_one_line(error):  # → str: kind and words of an error and all its causes
+    return " ".join(" ".join(traceback.format_exception(error, limit=0)).split())  # without line breaks
+def is_gzip(path):  # by its name, as main.py tells it
+    return path.lower().endswith(".gz")  # .GZ, too
+
+# ── The call ───────────────────────────────────────────────────────────────────────────────────────
+def flag(name):  # name (str): an unknown flag, such as --block_size or LitGPT's --train.micro_batch_size
+    """Return ": " and what does here what the flag does in another trainer, or ""."""
+    table = runpy.run_path(os.path.join(os.path.dirname(__file__), "foreign_flags.py"))["FOREIGN"]  # 260 flags
+    words = table.get("--" + name.lower().lstrip("-").rpartition(".")[2])  # None for a misspelt flag
+    return f": {words}" if words else ""  # main.py names the nearest flag instead
+
+def call(args, say):  # args: Namespace of parse_args(); say (function): prints a line
+    """Return what is wrong with a call, or "": what would fail after minutes, or be ignored. Say what is odd."""
+    files = args.train_file + args.validation_file  # absolute paths
+    documents = [path for path in files if re.search(r"\.(txt|md)(\.gz)?$", path.lower())]  # files without rows
+    versions = {(found.version or "")[:1] for found in distributions(name="flash-attn")}  # 4 is flash-attn-4
+    model, folder = args.model_name_or_path, args.dataset_name or ""  # names of the hub, or directories
+    words = " ".join(args.trainer_argv)  # flags of the Trainer, not parsed so far
+    best = re.search("--load_best_model_at_end(?![= ]False)", words)  # None: not asked for
+    steps = not re.search("--(save|eval)_strategy[= ](?!steps)", words)  # True: both happen at steps
+    faults = [  # (whether it is wrong, the sentence)
+        (best and steps and args.save_steps != args.eval_steps,  # the best one would be lost
+         "--load_best_model_at_end needs a checkpoint of each evaluation: make --save_steps equal to --eval_steps"),
+        (args.use_flash_attention and versions != {"2"},  # missing, or another version
+         "--use_flash_attention needs flash-attn 2: pip install flash-attn --no-build-isolation"),
+        (args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}"),  # numpy takes 32 bits
+        ("--sample_by" in args.given and not (documents or os.path.isdir(folder)),  # no document is there
+         "--sample_by is for .txt and .md files; of this data each row is a text: leave it out"),
+        (args.evaluate_only and args.resume_from_checkpoint,  # an evaluation has no steps
+         f"--do_eval goes on from nothing: give --model_name_or_path {args.resume_from_checkpoint}"),
+        (os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")),  # the wrong directory
+         f"--model_name_or_path {model}: no config.json, which each saved model has; give the directory of one")]
+    for name, value in (("--model_name_or_path", model), ("--dataset_name", folder)):  # here, or on the hub
+        local = value.startswith((".", os.sep)) or value.count("/") > 1 or os.path.isfile(value)  # no hub name
+        faults.append((local and not os.path.isdir(value),  # else the hub is asked for half a minute
+                       f"{name} {value}: no such directory; give one, or a hub name (text goes to --train_file)"))
+    train = [*map(os.path.realpath, args.train_file)]  # without links
+    validation = [*map(os.path.realpath, args.validation_file)]  # without links
+    for path in sorted({*train} & {*validation}):  # as a glob may bring it about
+        say(f"note     {path} is training and validation data: an evaluation shows what was memorized")  # perhaps meant
+    for given in (train, validation):  # by a glob and by its name, say
+        pairs = zip(sorted(given), sorted(given)[1:], strict=False)  # equal ones are side by side
+        for path in [path for path, other in pairs if path == other]:  # once for each time too much
+            say(f"note     {path} is given twice, and counts twice")  # perhaps meant
+    return next((sentence for wrong, sentence in faults if wrong), "")  # the first fault is enough
+
+def trainer(plan, args):  # plan: TrainingArguments; args: Namespace of parse_args()
+    """Return what is wrong with the flags of the Trainer, or "": what would fail behind data and model."""
+    import torch  # main.py has loaded it
+    known = torch._dynamo.list_backends(())  # names of compilers, with those for tests
+    backend = args.torch_compile and args.torch_compile["backend"]  # False: nothing is compiled
+    old = plan.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)  # a T4 or V100
+    faults = [  # (whether it is wrong, the sentence)
+        (plan.max_steps < 1 and plan.max_steps != -1,  # -1 stands for not given
+         f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs"),
+        (backend and backend not in known,  # a typo
+         f"--torch_compile_backend {backend}: known are {', '.join(known)}"),
+        (old and plan.mixed_precision == "bf16", "--bf16 needs an A40 or a newer GPU: use --fp16")]  # emulated, slow
+    return next((sentence for wrong, sentence in faults if wrong), "") or optimizer(plan, args.given)  # the first
+
+def optimizer(plan, given):  # plan: TrainingArguments; given: flags as typed
+    """Return what is wrong with the optimizer and the schedule of a run, or "": both are made, for one weight."""
+    import torch  # main.py has loaded it
+    from transformers import Trainer, get_scheduler  # as they make both for the run
+    weight = torch.nn.Linear(1, 1)  # stands for the model
+    def recipe(**changes):  # → (class, arguments) of the optimizer with other flags
+        return Trainer.get_optimizer_cls_and_kwargs(SimpleNamespace(**vars(plan) | changes), weight)  # may raise
+    what = f"--optim {plan.optim.value}"  # names the flags in the sentence
+    what += f" with --optim_args {plan.optim_args}" * bool(plan.optim_args)  # if given
+    try:  # a package may be missing, a number out of range, a name unknown
+        kind, numbers = recipe()  # of the flags as they are
+        parts = filter(None, (plan.optim_args or "").split(","))  # "name=value" each
+        ignored = [f"--optim_args {part}" for part in parts  # the Trainer drops names that it does not know
+                   if recipe(optim_args=part) == recipe(optim_args=None)]  # no difference
+        ignored += [name for name in ("--adam_beta1", "--adam_beta2", "--adam_epsilon")  # where it is no Adam
+                    if name in given and recipe(**{name[2:]: 0.123}) == (kind, numbers)]  # no difference
+        if ignored:  # the run would not be what was asked for
+            return f"{', '.join(ignored)} changes nothing for --optim {plan.optim.value}: leave it out"  # or misspelt
+        made = kind(weight.parameters(), **numbers)  # looks at its numbers
+        what = f"--lr_scheduler_type {plan.lr_scheduler_type.value}"  # the next to be made
+        what += f" with --lr_scheduler_kwargs {plan.lr_scheduler_kwargs}" * bool(plan.lr_scheduler_kwargs)  # if given
+        if plan.lr_scheduler_kwargs and "type constant" in what:  # transformers drops them
+            return f"{what}: it takes none; leave them out"  # constant, constant_with_warmup
+        schedule = get_scheduler(plan.lr_scheduler_type, made, 1, 9, plan.lr_scheduler_kwargs)  # warm-up 1 of 9 steps
+        for factor in getattr(schedule, "lr_lambdas", ()):  # step → part of the learning rate
+            [float(factor(step)) for step in range(9)]  # a number in quotes fails only here
+    except Exception as error:  # of any kind, in the words of transformers or torch
+        return f"{what} cannot be used: {' '.join(str(error).split())}"  # names what is missing or wrong
+    return ""  # both can be made
+
+def plan(args, chunks, a_pass, a_step, steps, warmup, world, size):  # numbers of print_plan()
+    """Return lines for what is odd in a plan, [] for an ordinary one. size (int): bytes of a checkpoint."""
+    rate = f"{(steps - 1) / max(warmup, 1):.1%}"  # the most that is reached: the rate starts at 0
+    there = [name for name in os.listdir(args.output_dir) if name.startswith("checkpoint-")]  # of earlier calls
+    need = (args.save_total_limit + 1 - len(there)) * size  # bytes: the oldest goes once the newest is there
+    free = shutil.disk_usage(args.output_dir).free  # bytes, of the disk that holds output_dir
+    notes = [  # (whether it applies, the line)
+        (warmup >= steps,  # the default warm-up is made for long runs
+         f"note     the run is shorter than its warm-up: it reaches {rate} of the learning rate; "
+         f"lower --warmup_steps, to {steps // 10} for example"),
+        (chunks < a_step > a_pass,  # a handful of texts
+         f"note     all {chunks:,} chunks make less than one step of {a_step:,}: lower "
+         f"--gradient_accumulation_steps to {max(1, chunks // a_pass)} for a full one"),
+        (chunks % a_pass and world > 1,  # some chunks fill up the last batch
+         f"note     {-chunks % a_pass:,} chunks are trained on twice an epoch"),
+        (free < need,  # the run would end in the middle
+         f"warning  {need / 1e9:.2g} GB will be needed for checkpoints in {args.output_dir}, "
+         f"where {free / 1e9:.2g} GB are free: see --save_total_limit")]
+    return [line for applies, line in notes if applies]  # in this order
+
+# ── Files ──────────────────────────────────────────────────────────────────────────────────────────
+PICTURE = "is a picture, which holds no text: leave it out"  # of any kind
+SIGNATURES = {  # first bytes of a file → what it is, and how its text is had
+    b"\x1f\x8b": "is gzip data: give its name the ending .gz",  # perhaps by rename
+    b"PK\x03\x04": "is a zip archive (.docx and .xlsx are, too): unpack it, or save its text, or CSV",  # of office
+    b"%PDF": "is a PDF: get its text out first, for example with pdftotext",  # of poppler-utils
+    b"(\xb5/\xfd": "is zstd data: unpack it with zstd -d",  # .zst
+    b"BZh": "is bzip2 data: unpack it with bunzip2",  # .bz2
+    b"\xfd7zXZ": "is xz data: unpack it with unxz",  # .xz
+    b"7z\xbc\xaf": "is a 7z archive: unpack it",  # .7z
+    b"Rar!": "is a RAR archive: unpack it",  # .rar
+    b"ARROW1": "is an Arrow file: save its table as parquet, or give --dataset_name the data set it belongs to",  # IPC
+    b"SQLite format": "is a database: export the text as CSV, for example with sqlite3 -csv -header",  # .db
+    b"{\\rtf": "is an RTF document: save it as plain text",  # of a word processor
+    b"\xd0\xcf\x11\xe0": "is an old Office document: save it as plain text or CSV",  # .doc, .xls
+    b"\x89PNG": PICTURE, b"\xff\xd8\xff": PICTURE, b"GIF8": PICTURE,  # .png, .jpg, .gif
+    b"\x7fELF": "is a program, which holds no text: leave it out",  # for Linux
+    b"version https://git-lfs": "is a pointer of Git LFS, not the data: run git lfs pull where it comes from"}  # a stub
+
+def file(flag, path, endings):  # path (str) of a file of any name; endings: known ones
+    """Return the sentence on a file that cannot be read as text, or ""."""
+    fault = unreadable(path) or strange(path) or unknown(path, endings)  # strange() may already look inside
+    return f"{flag} {path} {fault}" if fault else ""  # "": main.py reads it
+
+def unreadable(path):  # → what is wrong with a file, whatever it holds, or ""
+    if not os.path.exists(path):  # glob finds it, open() does not
+        return f"is a link to {os.path.realpath(path)}, which is not there: give the file itself"  # moved, or removed
+    if not os.path.isfile(path):  # such as <(zcat …) of a shell
+        return "is a pipe or a device, which can be read only once: write its content into a file first"  # read twice
+    if not os.access(path, os.R_OK):  # of another user
+        return "cannot be read: no permission to read it (try chmod +r)"  # or ask its owner
+    return "" if os.path.getsize(path) else "is empty: look how it was made"  # often a failed export
+
+def strange(path):  # → what a file holds that is no text in UTF-8, by its first bytes, or ""
+    head = head_of(path)  # up to 4 kB, b"" where it cannot be unpacked
+    parquet = path.lower().endswith(".parquet")  # the one known kind that is no text
+    if parquet and not head.startswith(b"PAR1"):  # a CSV that was renamed
+        return "is no parquet file: give it the ending of what it holds"  # such as .csv
+    if head.startswith(b"PAR1") and not parquet:  # of any writer
+        way = "unpack it with gunzip" if is_gzip(path) else "give its name the ending .parquet"  # Arrow unpacks none
+        return f"is a parquet file: {way}"  # whatever its name says
+    if head[257:262] == b"ustar":  # also in a .tar.gz
+        return "is a tar archive: unpack it with tar -xf, and give the folder"  # all files in it are read
+    for start, words in SIGNATURES.items():  # the first that fits
+        if head.startswith(start) and not parquet:  # whatever the name says
+            return words  # what it is, and what to do
+    wide = wide_encoding(head)  # as Windows writes text
+    return f"is {wide.upper()}: convert it with {to_utf8(wide, path)}" if wide else ""  # "": text, as it seems
+
+def head_of(path):  # → bytes: the beginning of a file, unpacked if its name says that it is gzipped
+    with suppress(OSError, EOFError, gzip.zlib.error):  # main.py says why, when it reads the file
+        with (gzip.open if is_gzip(path) else open)(path, "rb") as source:  # both read the same way
+            return source.read(HEAD)  # may be shorter
+    return b""  # nothing is known
+
+def wide_encoding(head):  # → "utf-16-le" and the like for text of two or four bytes a letter, else ""
+    names = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")  # with or without a mark at the beginning
+    whole = head[:len(head) // 4 * 4]  # of whole letters in all four
+    texts = {name: whole.decode(name, "replace")[:-1].lstrip("\ufeff") for name in names}  # the right one, and junk
+    plain = {name: len(re.findall(r"[ -~\n]", text)) for name, text in texts.items()}  # spaces are in any text
+    best = max(names, key=plain.get)  # for English all its letters are plain
+    sound = all(letter.isprintable() or letter.isspace() for letter in texts[best])  # binary data is not
+    utf8 = len(head.decode("utf-8", "ignore").encode()) > len(head) - 4  # the last letter may be cut in two
+    control = len(re.findall(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head))  # half of all bytes in English and Russian
+    marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))  # as no UTF-8 begins
+    wide = marked or (b"\0" in head and (control > len(head) / 4 or not utf8))  # a stray NUL makes no UTF-16
+    return best if wide and sound and plain[best] else ""  # a name for iconv
+
+def unknown(path, endings):  # → a way on for text whose name has none of the known endings, or ""
+    if os.path.splitext(path.lower().removesuffix(".gz"))[1] in endings:  # ".jsonl", also for x.jsonl.gz
+        return ""  # known
+    quoted = shlex.quote(path)  # may hold spaces
+    way = f"if it is plain text, give a copy with the ending .txt: cp {quoted} {quoted}.txt"  # code, logs, TeX
+    if re.search(r"\.(html?|xml|ya?ml)(\.gz)?$", path.lower()):  # text between marks
+        way = "get the text out of it, as one .txt file or as rows of .jsonl with a field text"  # nothing else helps
+    return f"has none of the known endings {' '.join(endings)}, also with .gz: {way}"  # perhaps a typo
+
+def to_utf8(name, path):  # name (str): of an encoding → a command, and what to do with its result
+    quoted = shlex.quote(path)  # may hold spaces
+    new = shlex.quote("utf8-" + re.sub(r"\.gz$", "", os.path.basename(path), flags=re.I))  # in the current directory
+    source = f"iconv -f {name} -t utf-8 {quoted}"  # a program of every Linux
+    if is_gzip(path):  # iconv does not unpack
+        source = f"zcat {quoted} | iconv -f {name} -t utf-8"  # can be pasted
+    return f"{source} > {new}, and give {new}"  # keeps its ending
+
+def encoding(path, part, at):  # part (bytes) of a file, whose byte at (int) is no UTF-8
+    """Return how to convert such a file. Only Windows-1252 is named, with an excerpt for the reader to judge."""
+    start = part.rfind(b"\n", 0, at) + 1  # of the line that has the byte
+    line = part[start:].partition(b"\n")[0]  # to its end
+    high = re.findall(rb"[\x80-\xff]", line)  # bytes that are no ASCII
+    pairs = re.findall(rb"[\x80-\xff]{2}", line)  # side by side, as in Chinese, Japanese, Russian
+    if re.search(rb"[\x80-\x9f]", line) and len(pairs) * 4 < len(high):  # quotes, dashes and euros of Windows
+        with suppress(UnicodeDecodeError):  # five bytes stand for nothing
+            words = line[max(0, at - start - 20):at - start + 20].decode("cp1252").strip()  # around the byte
+            return (f"read as Windows-1252 it says {words!r}: if that is right, convert it with "  # else it is not
+                    f"{to_utf8('cp1252', path)}; if not, find out its encoding")
+    return ("find out its encoding (whoever wrote it knows, file -i guesses), and convert it with "  # no guess here
+            f"{to_utf8('ENCODING', path)}")
+
+# ── Rows and columns ───────────────────────────────────────────────────────────────────────────────
+CONVERSATIONS = (  # columns of questions and answers, as the data sets of the hub name them
+    ("messages",), ("conversations",), ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"),  # chats
+    ("instruction", "input", "output"), ("instruction", "output"), ("instruction", "response"),  # Alpaca, Dolly
+    ("question", "answer"), ("input", "output"))  # quizzes
+TURN = (  # for jq: a turn as Gemma is used to it
+    '"<start_of_turn>" + (if .{role} | test("^(assistant|gpt|model)$") then "model" else "user" end) '  # two roles
+    '+ "\\n" + .{text} + "<end_of_turn>\\n"')
+
+def jq(program, path):  # program (str): for jq; path (str): .json or .jsonl, perhaps gzipped
+    """Return a command that writes rows.jsonl, and what to do with it. jq is a package of every Linux."""
+    program, quoted = shlex.quote(program), shlex.quote(path)  # for the shell
+    command = f"jq -c {program} {quoted}"  # -c: an object a line
+    if is_gzip(path):  # jq does not unpack
+        command = f"zcat {quoted} | jq -c {program}"  # the same
+    return f"{command} > rows.jsonl, and give rows.jsonl"  # can be pasted
+
+def joined(row, names):  # row (dict); names: its columns → a program for jq, or "" where none would do
+    if all(isinstance(row[name], str) for name in names):  # question and answer
+        return "{text: (" + ' + "\\n" + '.join(f".{name}" for name in names) + ")}"  # on lines of their own
+    turns = row[names[0]]  # mostly a list
+    if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):  # of turns
+        for role, text in (("role", "content"), ("from", "value")):  # of OpenAI, of ShareGPT
+            if all(isinstance(turn.get(key), str) for turn in turns for key in (role, text)):  # no pictures
+                return f"{{text: ([.{names[0]}[] | {TURN.format(role=role, text=text)}] | add)}}"  # turns end to end
+    return ""  # parts of messages, null
+
+def columns(row, path):  # row: dict of a JSON object, or a list of column names; path (str), "" for the hub
+    """Return how to get a text column out of conversations or nested rows, or ""."""
+    spoken = next((names for names in CONVERSATIONS if {*names} <= {*row}), None)  # the first that fits
+    reads = isinstance(row, dict) and re.search(r"\.jsonl?(\.gz)?$", path.lower())  # jq can read this file
+    each = ".[] | " * ((head_of(path) if reads else b"").lstrip(b"\xef\xbb\xbf \n\r\t")[:1] == b"[")  # of an array
+    if spoken:  # a chat, or questions and answers
+        program = joined(row, spoken) if reads else ""  # "" also for parts that are no text
+        way = f", for example with {jq(each + program, path)}" if program else ""  # keeps who speaks
+        return f"{' and '.join(spoken)} hold questions and answers: make one column 'text' of them{way}"  # or first
+    items = row.items() if reads else ()  # values are known of JSON alone
+    rows = [name for name, value in items if isinstance(value, list) and value and isinstance(value[0], dict)]  # lists
+    if rows:  # {"version": 1, "data": [{"text": …}, …]}
+        program = f"{each}.[{json.dumps(rows[0])}][]"  # any name is allowed in quotes
+        return f"the rows are a list in {rows[0]!r}: take them out with {jq(program, path)}"  # one a line
+    return ""  # main.py names --text_column
+
+def layout(path, column):  # of a JSON file that has a line which is no JSON
+    """Return what to do with objects that span lines, or "" if the file is broken in another way."""
+    with suppress(OSError, EOFError, ValueError, RecursionError):  # main.py says where it is broken
+        with (gzip.open if is_gzip(path) else open)(path, "rt", encoding="utf-8-sig") as source:  # an error is rare
+            text = source.read().lstrip()  # whole, from the first brace
+        first, end = json.JSONDecoder().raw_decode(text)  # one object, over several lines
+        if isinstance(first, dict) and "\n" in text[:end]:  # else the fault is elsewhere
+            nested = "" if column in first else columns(first, path)  # {"data": […]}, or conversations
+            return nested or f"its objects span lines: put each on one with {jq('.', path)}"  # jq reads any layout
+    return ""  # main.py names the two layouts
+
+# ── Models and the hub ─────────────────────────────────────────────────────────────────────────────
+LOADING = {  # pattern for an exception's kind or message: what to do about it
+    r"(GatedRepo|gated dataset).*":  # no token, or one of an account without access
+    "is gated: accept the terms at {url}, then run hf auth login with a token of that account",
+    "Invalid credentials": "cannot be had: the hub refuses your token; run hf auth login with a new one",  # a bad token
+    "RepositoryNotFound|DatasetNotFound":  # a misspelt or a private name
+    "cannot be found: the hub knows no such name; check {url} (if private: hf auth login)",
+    "HFValidationError": "is no directory here and cannot be a name on the hub: correct it",  # e.g. outputs/
+    "ConnectionError|LocalEntryNotFound":  # the hub was tried for half a minute
+    "is not in the cache and the hub cannot be reached: check the network, or give a local directory",
+    r"Unrecognized configuration class <class '[\w.]*\.(\w+)Config'":  # an encoder-decoder, such as T5
+    "is a {found}, which predicts no next token: give a model like google/gemma-3-270m",
+    r"Config name is missing.*configs: \[(.*?)\]":  # a guess could train on the wrong language
+    "has several configurations: choose one with --dataset_config_name: {found}",
+    r"(No space left|Disk quota|Permission denied: '\S+'|Read-only file system)":  # of the hub's cache
+    "cannot be kept in the cache of the hub ({found}): make space there, or set HF_HOME=/path to another place"}
+
+def loading(flag, name, error):  # name (str): of the hub or a directory, which could not be loaded
+    """Return the rest of the sentence "FLAG NAME …" for an error of the hub's libraries."""
+    words = in_one_line(error)  # all errors in the chain
+    page = f"/datasets/{name}" if flag == "--dataset_name" else f"/{name}"  # with the terms
+    url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + page  # to be opened
+    if fault := missing(name, words) if os.path.isdir(name) else "":  # the files tell more than the library
+        return fault  # of a model, or of a data set
+    for pattern, sentence in LOADING.items():  # the first pattern that fits decides
+        if found := re.search(pattern, words):  # may capture the list of configurations
+            return sentence.format(url=url, found=found[found.re.groups])  # case, remedy
+    return f"cannot be loaded; if damaged, download or save it anew: {words[:400]}"  # in the library's words
+
+def missing(folder, words):  # folder (str): of a model or a data set; words (str): of the errors → a fault, or ""
+    names = sorted(os.listdir(folder))  # without what lies in directories below
+    if "tokenizer.json" in words and "tokenizer.json" not in names:  # not copied, or of an old kind
+        return "holds no tokenizer.json: copy it from the model's base, or save the tokenizer there"  # a fast one
+    for part in names:  # the first fault is enough
+        path = os.path.join(folder, part)  # a file or a directory
+        if not os.access(path, os.R_OK):  # written by another user
+            return f"cannot be read: no permission for {part} (try chmod +r)"  # transformers says "no such file"
+        if part.endswith((".safetensors", ".bin", "tokenizer.json")):  # large files, in the place of which Git LFS puts
+            if head_of(path).startswith(b"version https://git-lfs"):  # a stub, where git-lfs is not installed
+                return f"has a pointer of Git LFS in the place of {part}: run git lfs pull there"  # brings the file
+        if part.endswith(".index.json"):  # the list of a model in several files
+            with open(path, encoding="utf-8", errors="replace") as index:  # {"weight_map": {weight: file}}
+                wanted = {*re.findall(r'": "([^"]+\.(?:safetensors|bin))"', index.read())}  # names of files
+            if lost := sorted(wanted - {*names}):  # a download that was cut short
+                return f"lacks {len(lost)} of its files of weights, such as {lost[0]}: download it again"  # all of it
+    if "no file named model.safetensors" in words:  # the directory of a tokenizer, say
+        return "holds no weights (model.safetensors): give the directory that has them"  # perhaps one above
+    return ""  # all files are there
+
+# ── Failures of a run ──────────────────────────────────────────────────────────────────────────────
+REMEDIES = (  # against a full GPU, the cheapest first; they are other settings, so checkpoints no longer fit
+    "(1) add --bf16; (2) halve --per_device_train_batch_size (4, 2, 1) and double --gradient_accumulation_steps; "
+    "(3) add --gradient_checkpointing; (4) shorten --max_seq_length; after a checkpoint with another --output_dir")
+
+def failure(error, flag, folder, device, training):  # error: an Exception of any library
+    """Return (sentence, exit status) for an error that the user can mend, or None.
+
+    flag, folder (str): where the run writes at that time. device: torch's, or "". training (bool): it makes steps.
+    """
+    words = in_one_line(error)  # a library's error often hides the system's
+    again = "the same command again goes on"  # nothing that was saved is lost
+    gone = re.search("timed ?out|by peer|remote process", words, re.I)  # words of gloo and NCCL
+    if gone and isinstance(error, RuntimeError) and os.environ.get("WORLD_SIZE", "1") != "1":  # launch.py says which
+        return f"another process was lost or does not answer ({words[:300]}); {again}", 1  # launch.py knows it
+    if re.search("out of memory|an(no|')t allocate memory|MemoryError", words):  # on GPU or CPU
+        return f"out of memory on {device or 'this machine'}: {REMEDIES}", 1  # 1: fewer programs may run next time
+    full = re.search(r"No space left|[Qq]uota|Read-only|Permission denied|Input/output error", words)  # Linux's words
+    disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", words)  # a checkpoint
+    writing = flag == "--output_dir" and (disk or isinstance(error, OSError))  # not of a cache that is damaged
+    if (full or writing) and not isinstance(error, BrokenPipeError):  # `main.py ... | head` is no fault
+        free = shutil.disk_usage(folder).free / 1e9 if os.path.isdir(folder) else 0  # GB; 0: it is gone
+        space = f"{free:.2g} GB are free{', a checkpoint needs 3.2' * (flag == '--output_dir')}"  # of 270M parameters
+        return (f"{flag} {folder} cannot be written ({full[0] if full else words[:300]}): it is gone, or lacks "  # why
+                f"space ({space}). Mend that; the same command goes on"), 1  # what was saved is whole
+    if flag == "--output_dir" and not training and isinstance(error, ImportError | ValueError | TypeError):  # too early
+        return f"a flag of the Trainer cannot be used: {words[:300]}", 2  # such as --use_liger_kernel without package
+    return None  # main.py prints the traceback
