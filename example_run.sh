@@ -53,9 +53,26 @@ show() {  # prints a command before it runs
     printf '\n$%s\n\n' "$line"  # as a user would have typed it
 }
 
+merge() {  # fills the array `words` with a command, in which the flags of the user, `more`, replace its own
+    words=()  # main.py refuses a flag that is given twice
+    local word flag keep=yes  # keep: whether a flag stays, and with it the values behind it
+    for word in "$@"; do  # of the scenario
+        if [[ $word == --* ]]; then  # a flag begins
+            keep=yes  # unless the user gives it, too
+            for flag in "${more[@]}"; do  # flags and values
+                flag=${flag%%=*}  # --seed=1 is --seed
+                [ "${flag//-/_}" != "${word//-/_}" ] || keep=no  # --max-steps is --max_steps
+            done
+        fi
+        [ "$keep" = no ] || words+=("$word")  # as the scenario has it
+    done
+    words+=("${more[@]}")  # at the end
+}
+
 run() {  # ends most scenarios
-    show "$@"  # printed first: a failing command can be read
-    exec env "$@"  # in the place of this shell: signals reach the training
+    merge "$@"  # the user's flags win
+    show "${words[@]}"  # printed first: a failing command can be read
+    exec env "${words[@]}"  # in the place of this shell: signals reach the training
 }
 
 activate() {  # chooses the Python
@@ -98,7 +115,7 @@ choose_input() {  # fills the array `input` with the model and the data; its arg
 single() {  # one process
     activate  # CUDA_VISIBLE_DEVICES=2 before the command takes another GPU than the first
     choose_input --dataset_config_name wikitext-2-raw-v1  # the other configuration has <unk> for rare words
-    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" --bf16 "$@"  # 16-bit products
+    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" --bf16  # 16-bit products
 }
 
 multi() {  # one process per GPU, on one machine
@@ -122,7 +139,7 @@ multi() {  # one process per GPU, on one machine
         --output_dir "${OUTPUT_DIR:-./outputs}"  # shared by all processes; rank 0 writes
         --bf16 --gradient_checkpointing  # less memory, about 20 % slower
     )
-    run CUDA_VISIBLE_DEVICES="$gpus" "${launch[@]}" "${root}main.py" "${input[@]}" "${flags[@]}" "$@"  # GPUs 0, 1
+    run CUDA_VISIBLE_DEVICES="$gpus" "${launch[@]}" "${root}main.py" "${input[@]}" "${flags[@]}"  # GPUs 0, 1
 }
 
 memory() {  # every remedy at once
@@ -136,7 +153,7 @@ memory() {  # every remedy at once
         --max_seq_length 1024  # half the default: changes what is learnt
         --bf16  # activations in 16 bits; weights and Adam keep 4.3 GB
     )
-    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" "${small[@]}" "$@"  # last
+    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" "${small[@]}"  # all of them
 }
 
 custom() {  # your text
@@ -152,7 +169,7 @@ custom() {  # your text
     TRAIN_FILE=$train VALIDATION_FILE=$validation choose_input  # MODEL, if it is set, as well
     input+=(--text_column text)  # other columns are ignored
     input+=(--add_eos)  # the model learns where a document ends, and so where to stop
-    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}" "$@"  # three epochs
+    run "$python" "${root}main.py" "${input[@]}" --output_dir "${OUTPUT_DIR:-./outputs}"  # three epochs
 }
 
 resume() {  # the same command twice, with a kill in between
@@ -174,11 +191,12 @@ resume() {  # the same command twice, with a kill in between
         command+=(--bf16)  # a third less time for a step
     fi
 
+    merge "${command[@]}"  # the same words for both calls
     local last="$output/checkpoint-*/trainer_state.json"  # there once a checkpoint is whole
     if ! compgen -G "$last" >/dev/null; then  # nothing to go on from yet
         echo "[1/2] A run that is stopped by a signal as soon as it has a checkpoint."  # as a batch system does it
-        show "${command[@]}" "$@"  # run() would replace this shell
-        "${command[@]}" "$@" &  # in the background: this shell goes on
+        show "${words[@]}"  # run() would replace this shell
+        "${words[@]}" &  # in the background: this shell goes on
         local trainer=$!  # the process id of main.py
         trap 'kill "$trainer" 2>/dev/null || true; wait "$trainer" || true; exit 130' INT TERM  # main.py ends, too
         while kill -0 "$trainer" 2>/dev/null && ! compgen -G "$last" >/dev/null; do  # alive, and nothing saved yet
@@ -189,7 +207,7 @@ resume() {  # the same command twice, with a kill in between
         trap - INT TERM  # main.py hears Ctrl-C itself
     fi
     echo "[2/2] The same command again. It finds the newest whole checkpoint and goes on from there."  # by itself
-    run "${command[@]}" "$@"  # a third time nothing is left to train
+    run "${command[@]}"  # a third time nothing is left to train
 }
 
 evaluate() {  # a number, no training
@@ -204,7 +222,7 @@ evaluate() {  # a number, no training
     activate  # sets $python
     local output=${OUTPUT_DIR:-${root}quickstart/evaluation}  # all_results.json goes there
     local what=(--model_name_or_path "$model" --validation_file "$validation" --output_dir "$output")  # any saved model
-    run "$python" "${root}main.py" --do_eval "${what[@]}" "$@"  # --do_eval alone trains nothing
+    run "$python" "${root}main.py" --do_eval "${what[@]}"  # --do_eval alone trains nothing
 }
 
 # ── Quickstart ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -248,6 +266,8 @@ install_requirements() {  # what main.py imports
 }
 
 quickstart() {  # the whole way, for two cores and no GPU
+    [[ " ${more[*]}" != *" --output"[_-]dir* ]] ||  # the report would not find the model
+        stop "the quickstart has its own --output_dir: leave it out, or take the scenario custom."  # before the work
     cd "$here"  # writes into .venv/ and quickstart/ only
     root=""  # short commands, the same for everyone
     export CUDA_VISIBLE_DEVICES="${CUDA_VISIBLE_DEVICES-0}"  # one GPU is plenty
@@ -278,15 +298,16 @@ quickstart() {  # the whole way, for two cores and no GPU
     step 4 "Before: how well the base model reads chapters that are held out"  # the numbers to improve
     local before=(  # the first measurement
         "$python" main.py --do_eval --model_name_or_path quickstart/gemma-3-270m  # measures, trains nothing
-        "${settings[@]}" "$@" --output_dir quickstart/base  # last: places cannot be changed
+        "${settings[@]}" --output_dir quickstart/base  # the report looks there
     )
+    merge "${before[@]}"  # the user's flags win
     local noted=quickstart/base/measured-with  # the command that has measured
-    if [ "$(cat "$noted" 2>/dev/null)" = "${before[*]}" ]; then  # the base model does not change
+    if [ "$(cat "$noted" 2>/dev/null)" = "${words[*]}" ]; then  # the base model does not change
         echo "      Measured already."  # in quickstart/base
     else  # the first time, or with other flags
-        show "${before[@]}"  # works for any model and text
-        "${before[@]}"  # half a minute
-        echo "${before[*]}" >"$noted"  # last: a measurement that is stopped is done again
+        show "${words[@]}"  # works for any model and text
+        "${words[@]}"  # half a minute
+        echo "${words[*]}" >"$noted"  # last: a measurement that is stopped is done again
     fi
 
     step 5 "Fine-tuning: 16 steps, minutes on two cores"  # Ctrl-C saves a checkpoint
@@ -298,10 +319,11 @@ quickstart() {  # the whole way, for two cores and no GPU
         --max_steps 16 --warmup_steps 3 --learning_rate 5e-5  # a short run with small batches
         --logging_steps 2 --save_total_limit 1  # 8 points on the curve
         --eval_on_start --eval_steps 4  # 5 points on the curve of the held-out chapters
-        "$@" --output_dir quickstart/model  # last: places cannot be changed
+        --output_dir quickstart/model  # the report looks there
     )
-    show "${training[@]}"  # works with any other files
-    "${training[@]}"  # trains nothing when finished
+    merge "${training[@]}"  # the user's flags win
+    show "${words[@]}"  # works with any other files
+    "${words[@]}"  # trains nothing when finished
 
     step 6 "After"  # side by side
     "$python" examples/quickstart.py report quickstart  # of whole chapters, with a sample
@@ -315,5 +337,5 @@ case $name in  # no other function can be called
     -h | --help) name=list ;;  # as everywhere
     *) list >&2 && stop "there is no scenario '$name'; they are listed above." ;;  # status 2: a wrong call
 esac
-shift "$(($# > 0))"  # the rest are flags of main.py
-"$name" "$@"  # its exit status is the script's
+more=("${@:2}")  # flags of main.py, which go before those of the scenario
+"$name"  # its exit status is the script's

@@ -115,7 +115,8 @@ def main():
     with tempfile.TemporaryDirectory(dir=HERE / ".cache") as args.work:
         throughput.prepare(args)
         args.flags = [] if "--fp16" in more else ["--bf16"]
-        argv = [*throughput.command_line(args)[1:], "--logging_steps", str(args.steps), *more]
+        args.logging = args.steps  # one log line, at the end
+        argv = [*throughput.command_line(args)[1:], *more]
         profile(argv, args)
 
 

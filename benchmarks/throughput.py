@@ -106,8 +106,8 @@ def command_line(args):
         "--max_seq_length", args.length, "--no_truncation", "--max_train_samples", args.batch * args.steps,
         "--cache_dir", f"{args.work}/cache", "--output_dir", f"{args.work}/out", *getattr(args, "flags", ["--bf16"]),
         "--per_device_train_batch_size", args.batch, "--gradient_accumulation_steps", 1, "--max_steps", args.steps,
-        "--learning_rate", 2e-5, "--weight_decay", 0.01, "--warmup_steps", 0, "--logging_steps", 1,
-        "--save_strategy", "no", "--report_to", "none", "--disable_tqdm", "True",
+        "--learning_rate", 2e-5, "--weight_decay", 0.01, "--warmup_steps", 0, "--save_strategy", "no",
+        "--logging_steps", getattr(args, "logging", 1), "--report_to", "none", "--disable_tqdm", "True",
     ]]  # fmt: skip
 
 

@@ -61,9 +61,9 @@ BEST = ["--load_best_model_at_end", "--metric_for_best_model", "eval_loss", "--g
 # ── What the machine must have ───────────────────────────────────────────────────────────────────────────────────────
 
 NEEDED = {  # needed beyond Python and pip, and the Debian package of each
-    "cc": "gcc libc6-dev", "git": "git", "hostname": "hostname", "ip": "iproute2", "mount": "mount",
-    "nsenter": "util-linux", "pgrep": "procps", "pkill": "procps", "prlimit": "util-linux", "ps": "procps",
-    "setpriv": "util-linux", "unshare": "util-linux",
+    "cc": "gcc libc6-dev", "git": "git", "hostname": "hostname", "iconv": "libc-bin", "ip": "iproute2", "jq": "jq",
+    "mount": "mount", "nsenter": "util-linux", "pgrep": "procps", "pkill": "procps", "prlimit": "util-linux",
+    "ps": "procps", "setpriv": "util-linux", "unshare": "util-linux",
 }  # fmt: skip
 NAMESPACE = "unshare --user --map-root-user --net --mount --uts --fork --kill-child bash -c".split()
 
@@ -201,9 +201,11 @@ def plain_loss(model_dir, chunks):
 
 
 def last_wins(argv):
-    """Leave out a flag that a later one replaces: main.py refuses a flag that is given twice."""
-    parts = []
-    for word in map(str, argv):
+    """Leave out a flag of main.py that a later one replaces, as it refuses one that is given twice. Returns: words."""
+    words = [str(word) for word in argv]
+    start = next((at for at, word in enumerate(words, 1) if word.endswith("main.py")), 0)  # behind a launcher's own
+    parts = [words[:start]] if start else []
+    for word in words[start:]:
         if word.startswith("--") or not parts:
             parts.append([word])
         else:
@@ -288,7 +290,8 @@ def launch(*argv, env=None, cwd=ROOT, timeout=600):
     """Run a command as a user would, `python main.py …` unless it names another program. Returns: as run does."""
     command = [str(text) for text in argv]
     if command[0].startswith("-"):
-        command = [sys.executable, str(ROOT / "main.py"), *last_wins(command)]
+        command = [sys.executable, str(ROOT / "main.py"), *command]
+    command = last_wins(command)
     done = subprocess.run(
         command, env=os.environ | (env or {}), cwd=cwd, timeout=timeout, capture_output=True, text=True
     )
@@ -312,7 +315,7 @@ def finish(*argv, **more):
 def plain_user(*argv, env=None):
     """Run main.py in a new interpreter that file permissions bind, also when root runs the tests."""
     need(*ORDINARY[:1])
-    return launch(*ORDINARY, sys.executable, ROOT / "main.py", *last_wins(argv), env=env)
+    return launch(*ORDINARY, sys.executable, ROOT / "main.py", *argv, env=env)
 
 
 def refused(done, *words, status=2):

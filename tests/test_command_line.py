@@ -6,9 +6,22 @@ import re
 import sys
 
 import pytest
-from helpers import ROOT, cases, finish, in_child, launch, plain_user, run, short_run
+from helpers import (
+    ROOT,
+    ROWS,
+    cases,
+    finish,
+    in_child,
+    launch,
+    plain_user,
+    refused,
+    run,
+    short_run,
+    write_jsonl,
+)
 
 import main
+from tools.foreign_flags import FOREIGN
 
 GOOD = "--train_file {train} "
 
@@ -44,6 +57,42 @@ CALLS = {
     "schedule without its numbers": (
         GOOD + "--lr_scheduler_type warmup_stable_decay", "--lr_scheduler_type warmup_stable_decay", "num_decay_steps"
     ),
+    "schedule with another's numbers": (
+        GOOD + '--lr_scheduler_kwargs {{"bogus":1}}', "linear", "'bogus'", "leave it out"
+    ),
+    "schedule with a number in quotes": (
+        GOOD + '--lr_scheduler_type cosine_with_min_lr --lr_scheduler_kwargs {{"min_lr":"1e-6"}}',
+        "--lr_scheduler_type cosine_with_min_lr", "--lr_scheduler_kwargs", "without quotes",
+    ),
+    "schedule that takes no numbers": (
+        GOOD + '--lr_scheduler_type constant --lr_scheduler_kwargs {{"power":2}}',
+        "constant", "takes none", "leave them out",
+    ),
+    "schedule with a list": (GOOD + "--lr_scheduler_kwargs []", "--lr_scheduler_kwargs []", "no JSON object"),
+    "schedule with half an object": (
+        GOOD + "--lr_scheduler_kwargs {{bad", "--lr_scheduler_kwargs {bad", "no JSON object"
+    ),
+    "optimizer's unknown number": (
+        GOOD + "--optim_args bogus=1", "--optim_args bogus=1 changes nothing", "leave it out"
+    ),
+    "optimizer's number without a value": (GOOD + "--optim_args bogus", "--optim_args bogus cannot be used"),
+    "optimizer's number that is none": (
+        GOOD + "--optim sgd --optim_args momentum=x", "--optim sgd", "momentum=x", "'x'"
+    ),
+    "optimizer's number out of range": (GOOD + "--adam_beta1 1.5", "--optim adamw_torch", "1.5"),
+    "Adam's number for another optimizer": (
+        GOOD + "--optim sgd --adam_beta1 0.8", "--adam_beta1 changes nothing", "sgd"
+    ),
+    "Adafactor's number": (
+        GOOD + "--optim adafactor --adam_epsilon 1e-9", "--adam_epsilon changes nothing", "adafactor"
+    ),
+    "layers for another optimizer": (GOOD + "--optim_target_modules x", "--optim_target_modules changes nothing"),
+    "optimizer of a package": (GOOD + "--optim lomo", "--optim lomo cannot be used", "pip install lomo-optim"),
+    "backend of a single process": (GOOD + "--ddp_backend gloo", "--ddp_backend", "several processes", "leave it out"),
+    "offloading without a GPU": (
+        GOOD + '--gradient_checkpointing --activation_checkpointing_kwargs {{"offload":true}}', "offload", "needs a GPU"
+    ),
+    "switch with a word": (GOOD + "--bf16=maybe", "--bf16", "'maybe'", "neither True nor False"),
     "switch that is not there": (GOOD + "--no_bf16", "'--no_bf16'", "leave it out"),
     "do_eval of a checkpoint": (
         "--validation_file {train} --do_eval --resume_from_checkpoint {tmp}/out/checkpoint-1",
@@ -83,6 +132,7 @@ CALLS = {
     "seed negative": (GOOD + "--seed -1", "--seed", "at least 0"),
     "seed of more than 32 bits": (GOOD + "--seed 4294967296", "--seed", "below 4,294,967,296"),
     "samples 0": (GOOD + "--max_train_samples 0", "--max_train_samples", "at least 1"),
+    "bf16 and fp16 as words": (GOOD + "--bf16 True --fp16=true", "--fp16", "not allowed with", "--bf16"),
     "bf16 and fp16": (GOOD + "--bf16 --fp16", "--fp16", "not allowed with", "--bf16"),
     "beginning anew": (GOOD + "--overwrite_output_dir", "--overwrite_output_dir", "would lose", "leave it out"),
     "other data after a stop": (GOOD + "--ignore_data_skip", "--ignore_data_skip", "other data", "leave it out"),
@@ -105,6 +155,16 @@ CALLS = {
     "output over the model": (
         "--train_file {train} --output_dir {tiny}", "--output_dir", "the model to start from", "choose another"
     ),
+    "flag of another trainer": (GOOD + "--block_size 64", "unknown flag --block_size: here it is --max_seq_length;"),
+    "flag of another trainer with dashes": (
+        GOOD + "--text-column-name x", "--text_column_name: here it is --text_column;"
+    ),
+    "flag of LitGPT": (
+        GOOD + "--train.micro_batch_size 2", "micro_batch_size: here it is --per_device_train_batch_size"
+    ),
+    "flag of transformers 4": (GOOD + "--evaluation_strategy steps", "here it is --eval_strategy"),
+    "flag that is not offered": (GOOD + "--lora_r 8", "unknown flag --lora_r: not offered: all weights are trained"),
+    "flag that is not needed": (GOOD + "--packing", "unknown flag --packing: not needed: ", "leave it out"),
     "stray word behind a switch": (GOOD + "--bf16 stray", "--bf16", "'stray'", "neither True nor False"),
     "stray word behind a Trainer flag": (GOOD + "--max_steps 2 stray", "'stray'", "belongs to no flag"),
     "max_steps no number": (GOOD + "--max_steps abc", "--max_steps", "'abc'"),
@@ -149,6 +209,108 @@ def test_flash_attention_without_a_gpu_or_of_another_version_is_refused(name, re
     (site / f"{name}-{release}.dist-info" / "METADATA").write_text(about)
     monkeypatch.syspath_prepend(site)
     refuse(GOOD + "--use_flash_attention", "--use_flash_attention", words)
+
+
+TWICE = {
+    "a number": ("--seed 1 --seed 2", "--seed is given twice", "leave one out"),
+    "a switch": ("--bf16 --bf16", "--bf16 is given twice"),
+    "dashes and underscores": ("--learning-rate 1 --learning_rate=2", "--learning_rate is given twice"),
+    "a flag of the Trainer": ("--max_steps 1 --max-steps=2", "--max_steps is given twice"),
+    "on and off": ("--torch_compile --no_torch_compile", "torch_compile is given twice"),
+}
+
+
+@pytest.mark.parametrize(("flags", "words"), cases(TWICE))
+def test_a_flag_that_is_given_twice_is_refused(flags, words, train, tmp_path):
+    """F24: no value wins silently; only files may be given by several flags."""
+    done = run("--train_file", train, "--output_dir", tmp_path / "x", *flags.split(), repeated=True)
+    refused(done, *words)
+
+
+def test_files_of_repeated_flags_are_all_read(tmp_path):
+    """F4: --train_file a --train_file b trains on both, in this order; the same for validation."""
+    a, b, c = (write_jsonl(tmp_path / f"{name}.jsonl", [name]) for name in "abc")
+    words = ["--train_file", a, "--train_file", b, c, "--validation_file", a, f"--validation_file={c}"]
+    args = main.parse_args([str(word) for word in [*words, "--output_dir", tmp_path / "out"]])
+    assert (args.train_file, args.validation_file) == ([str(a), str(b), str(c)], [str(a), str(c)])
+
+
+@pytest.mark.parametrize(("word", "value"), [
+    ("--bf16", True), ("--bf16 True", True), ("--bf16=true", True), ("--bf16 False", False), ("--bf16=false", False)])
+def test_a_switch_takes_true_and_false(word, value, train, tmp_path):
+    """U9, F15: as other trainers write it; what stands behind it stays a flag."""
+    words = [*word.split(), "--train_file", str(train), "--fp16=False", "--output_dir", str(tmp_path / "out")]
+    args = main.parse_args(words)
+    assert (args.bf16, args.fp16, args.train_file) == (value, False, [str(train)])
+
+
+def test_answers_to_flags_of_other_trainers_name_only_flags_that_there_are():
+    """U9: no key is a flag here, each flag in an answer is one, and none is refused."""
+    parser_flags = set(re.findall(r"^  --(\w+)", run("--help", env={"COLUMNS": "200"}).out, re.M))
+    known = parser_flags | set(main.trainer_flags())
+    named = {flag for words in FOREIGN.values() for flag in re.findall(r"--(\w+)", words)}
+    assert len(FOREIGN) > 200 and named and named <= known
+    assert not {f"--{name}" for name in known} & {*FOREIGN} and not {f"--{name}" for name in named} & {*main.REFUSED}
+    kinds = ("here it is --", "not offered: ", "not needed: ")
+    assert [words for words in FOREIGN.values() if not words.startswith(kinds)] == []
+    assert [words for words in FOREIGN.values() if ("leave it out" in words) != words.startswith(kinds[2])] == []
+
+
+def test_a_value_that_the_optimizer_cannot_have_is_refused_before_the_data_is_read(refuse, tmp_path):
+    """F24: nobody waits for the data first; this data is broken, which nobody sees."""
+    (tmp_path / "broken.jsonl").write_text('{"text": 1\n')
+    refuse("--train_file {tmp}/broken.jsonl --optim_args bogus=1", "--optim_args")
+    refuse("--train_file {tmp}/broken.jsonl --max_steps 1", "broken JSON")
+
+
+def test_a_working_directory_that_was_removed_is_named(train, tmp_path):
+    """F7: instead of a traceback."""
+    (tmp_path / "gone").mkdir()
+    script = 'cd "$1" && rmdir "$1" && exec "$2" "$3" --train_file "$4"'
+    done = launch("bash", "-c", script, "-", tmp_path / "gone", sys.executable, ROOT / "main.py", train)
+    refused(done, "current directory was removed")
+
+
+def test_fp16_that_accelerate_asks_for_is_refused_on_the_cpu(refuse):
+    """F15, C9: as --fp16 is, instead of training in float32 under its name."""
+    refuse(GOOD, "--mixed_precision fp16", "GPU", "--bf16", env={"ACCELERATE_MIXED_PRECISION": "fp16"})
+
+
+def test_main_py_works_without_its_tools(tiny, train, tmp_path):
+    """S1: a copy of main.py alone trains, and still ends in a sentence."""
+    (tmp_path / "main.py").write_text((ROOT / "main.py").read_text())
+    words = [sys.executable, tmp_path / "main.py", "--model_name_or_path", tiny, "--output_dir", tmp_path / "out"]
+    done = launch(*words, "--train_file", train, "--max_seq_length", 64, "--max_steps", 1, "--report_to", "none")
+    assert done.status == 0 and "Done: the model is in" in done.out, done.err
+    refused(launch(*words, "--train_file", train, "--block_size", 64), "unknown flag --block_size")
+    (tmp_path / "bad.txt").write_bytes(b"caf\xe9 and more\n")
+    bad = launch(*words, "--train_file", tmp_path / "bad.txt", "--max_seq_length", 64, "--output_dir", tmp_path / "new")
+    refused(bad, "bad.txt is not UTF-8: byte 3 is 0xe9")
+
+
+# ── The terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("lines", [1, 8])
+def test_a_reader_who_has_read_enough_ends_the_run_quietly(lines, tiny, train, tmp_path):
+    """`main.py … | head`: status 141, as a shell has it for SIGPIPE, and no word on disks or pipes."""
+    words = [sys.executable, ROOT / "main.py", "--model_name_or_path", tiny, "--train_file", train, "--max_steps", "9",
+             "--output_dir", tmp_path / "out", "--max_seq_length", 64, "--logging_steps", 1, "--disable_tqdm", True]
+    script = f'"$@" | head -n {lines}; exit "${{PIPESTATUS[0]}}"'
+    done = launch("bash", "-c", script, "-", *words)
+    assert done.status == 141 and done.out.count("\n") == lines, done
+    assert not re.search("rror|Traceback|pipe", done.err, re.I), done.err
+
+
+def test_a_terminal_that_knows_only_ascii_gets_ascii(tiny, tmp_path):
+    """Paths with other letters are escaped, on stdout and in a sentence; nothing breaks."""
+    text = write_jsonl(tmp_path / "täxt.jsonl", ROWS)
+    env = {"PYTHONIOENCODING": "ascii"}
+    words = ["--model_name_or_path", tiny, "--output_dir", tmp_path / "öut", "--max_seq_length", 64, "--max_steps", 1]
+    done = launch(*words, "--train_file", text, env=env)
+    assert done.status == 0 and done.out.isascii() and r"\xf6ut" in done.out, done.out + done.err
+    sentence = refused(launch(*words, "--train_file", tmp_path / "täx.jsonl", env=env), "no such file")
+    assert sentence.isascii() and r"t\xe4x.jsonl" in sentence
 
 
 # ── Help and defaults ────────────────────────────────────────────────────────────────────────────────────────────────
@@ -251,7 +413,7 @@ PATHS = {
     "file missing": ("--train_file {tmp}/trian.jsonl", "--train_file", "trian.jsonl", "no such file", "/train.jsonl'?"),
     "validation file missing": (GOOD + "--validation_file {tmp}/val.txt", "--validation_file", "val.txt", "no such"),
     "glob without a match": ("--train_file {tmp}/*.csv", "--train_file", "*.csv", "no such file"),
-    "directory without text": ("--train_file {tmp}/out", "--train_file", "no files of the kinds", "left out", "optimizer.pt"),
+    "directory without text": ("--train_file {tmp}/out", "--train_file", "no files of the kinds", "left out: ", ".pt"),
     "output_dir is a file": (GOOD + "--output_dir {train}", "--output_dir", "train.jsonl", "file", "choose"),
     "output_dir below a file": (GOOD + "--output_dir {train}/out", "--output_dir", "Not a directory", "choose"),
     "model missing": (GOOD + "--model_name_or_path {tmp}/none", "--model_name_or_path", "none", "no such directory"),

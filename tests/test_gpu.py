@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from helpers import GPU, ROOT, free_port, manual, refused, same_weights, write_jsonl
+from helpers import GPU, ROOT, free_port, last_wins, manual, refused, same_weights, write_jsonl
 from torch.nn.functional import cross_entropy, scaled_dot_product_attention
 
 import main
@@ -250,7 +250,7 @@ def flags(tiny, folder, out="out"):
 
 def start(*argv, env=None):
     """Start main.py, or another program of Python's, as a user would. Returns: the process, for end()."""
-    words = [str(word) for word in argv]
+    words = last_wins(argv)
     command = [sys.executable, *([str(ROOT / "main.py")] if words[0] != "-m" and words[0] != "-c" else []), *words]
     env = os.environ | {"PYTHONUNBUFFERED": "1"} | (env or {})
     return subprocess.Popen(command, stdout=-1, stderr=-1, text=True, env=env, cwd=ROOT)

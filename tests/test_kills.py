@@ -28,6 +28,7 @@ from helpers import (
     finish,
     free_port,
     in_child,
+    last_wins,
     logged,
     need,
     results,
@@ -304,7 +305,7 @@ def test_a_signal_to_all_processes_leaves_the_data_loaders_at_work(number, four_
     need("pgrep")
     output = tmp_path / "out"
     words = [sys.executable, ROOT / "main.py", *four_steps[0], "--max_steps", 400, "--dataloader_num_workers", 2]
-    words = [str(word) for word in [*words, "--output_dir", output]]
+    words = last_wins([*words, "--output_dir", output])
     process = subprocess.Popen(words, stdout=-3, stderr=-1, text=True, start_new_session=True)
     wait_for(output / "checkpoint-4", process)
     start = time.time()
@@ -320,7 +321,7 @@ def test_a_signal_to_all_processes_leaves_the_data_loaders_at_work(number, four_
 def test_a_run_with_data_loaders_ends_with_them(flags, four_steps, tmp_path):
     """B10: well or with an error, on its own: nobody is left, and nothing waits."""
     words = [sys.executable, ROOT / "main.py", *four_steps[0], "--max_steps", 6, "--dataloader_num_workers", 2]
-    words = [str(word) for word in [*words, *flags.split(), "--output_dir", tmp_path / "out"]]
+    words = last_wins([*words, *flags.split(), "--output_dir", tmp_path / "out"])
     done = subprocess.run(words, capture_output=True, text=True, start_new_session=True, timeout=60, check=False)
     assert done.returncode == ("rate" in flags), done.stderr
     assert "Traceback" not in done.stderr and ("rate" not in flags or "no finite numbers" in done.stderr)
@@ -364,7 +365,7 @@ class Call:
 
     def __init__(self, argv, output):
         self.output, self.log = output, output.parent / f"{output.name}.log"
-        words = [str(word) for word in [sys.executable, ROOT / "main.py", *argv, "--output_dir", output]]
+        words = last_wins([sys.executable, ROOT / "main.py", *argv, "--output_dir", output])
         self.process = subprocess.Popen(words, stdout=self.log.open("w"), stderr=subprocess.STDOUT)
 
     def wait_for(self, seen):
@@ -583,7 +584,7 @@ def test_a_launcher_of_one_process_takes_it_along(four_steps, tmp_path):
     output = tmp_path / "out"
     words = [ACCELERATE, "launch", "--num_processes", "1", ROOT / "main.py", *four_steps[0], "--max_steps", 300]
     words += ["--output_dir", output]
-    process = subprocess.Popen([str(word) for word in words], stdout=-3, stderr=-1, text=True)
+    process = subprocess.Popen(last_wins(words), stdout=-3, stderr=-1, text=True)
     wait_for(output / "checkpoint-2", process)
     trainer = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()[0]
     process.send_signal(signal.SIGTERM)

@@ -80,7 +80,7 @@ def edit_config(folder, **values):
 
 MODELS = {  # case: what is done to a good model, words of the sentence
     "without config": (lambda folder: (folder / "config.json").unlink(), "no config.json"),
-    "without weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights", "model.safetensors"),
+    "without weights": (lambda folder: (folder / "model.safetensors").unlink(), "holds no weights (model.safetensors)"),
     "without tokenizer": (lambda folder: (folder / "tokenizer.json").unlink(), "tokenizer.json"),
     "weights cut short": (cut_weights, "cannot be loaded", "incomplete"),
     "weights that are text": (lambda folder: (folder / "model.safetensors").write_text("oops"), "cannot be loaded"),

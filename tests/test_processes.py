@@ -20,6 +20,7 @@ from helpers import (
     ROOT,
     ROWS,
     free_port,
+    last_wins,
     launch,
     logged,
     missing,
@@ -158,7 +159,7 @@ def test_a_killed_rank_is_spoken_of_in_one_sentence(rank_flags, tmp_path, lost):
     """B10, B13: kill -9 in training; the other one ends at once with status 1 and no traceback."""
     port, rank_flags = free_port(), [*rank_flags, "--max_steps", 3000, "--save_steps", 5]
     command = [sys.executable, ROOT / "main.py", *rank_flags]
-    ranks = [subprocess.Popen([str(word) for word in command], env=os.environ | place(rank, port), stdout=-3, stderr=-1,
+    ranks = [subprocess.Popen(last_wins(command), env=os.environ | place(rank, port), stdout=-3, stderr=-1,
                               text=True) for rank in (0, 1)]  # fmt: skip
     until = time.time() + 60
     while not list((tmp_path / "out").glob("checkpoint-*")):
@@ -212,7 +213,7 @@ def test_data_may_take_longer_than_the_timeout(rank_flags):
     """B13: --ddp_timeout does not end the process that waits for another one's preparation of the data."""
     port, rank_flags = free_port(), [*rank_flags, "--ddp_timeout", 10]
     command = [sys.executable, ROOT / "main.py", *rank_flags]
-    ranks = [subprocess.Popen([str(word) for word in command], env=os.environ | place(rank, port, LOCAL_RANK=rank),
+    ranks = [subprocess.Popen(last_wins(command), env=os.environ | place(rank, port, LOCAL_RANK=rank),
                               stdout=-3, stderr=-1, text=True) for rank in (0, 1)]  # fmt: skip
     seen = ""
     while "Generating" not in seen:

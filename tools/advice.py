@@ -44,6 +44,8 @@ def call(args, say):  # args: Namespace of parse_args(); say (function): prints 
          "--load_best_model_at_end needs a checkpoint of each evaluation: make --save_steps equal to --eval_steps"),
         (args.use_flash_attention and versions != {"2"},  # missing, or another version
          "--use_flash_attention needs flash-attn 2: pip install flash-attn --no-build-isolation"),
+        (args.ddp_backend and os.environ.get("WORLD_SIZE", "1") == "1",  # torch would miss the others
+         "--ddp_backend is for several processes: leave it out, or start them with accelerate launch"),
         (args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}"),  # numpy takes 32 bits
         ("--sample_by" in args.given and not (documents or os.path.isdir(folder)),  # no document is there
          "--sample_by is for .txt and .md files; of this data each row is a text: leave it out"),
@@ -55,6 +57,9 @@ def call(args, say):  # args: Namespace of parse_args(); say (function): prints 
         local = value.startswith((".", os.sep)) or value.count("/") > 1 or os.path.isfile(value)  # no hub name
         faults.append((local and not os.path.isdir(value),  # else the hub is asked for half a minute
                        f"{name} {value}: no such directory; give one, or a hub name (text goes to --train_file)"))
+    for name, value in zip(args.trainer_argv, args.trainer_argv[1:], strict=False):  # pairs of neighbouring words
+        faults.append((name.endswith("_kwargs") and no_object(value),  # it is a JSON object that is asked for
+                       f"{name} {value} is no JSON object such as '{{\"min_lr\": 1e-6}}': {no_object(value)}"))
     train = [*map(os.path.realpath, args.train_file)]  # without links
     validation = [*map(os.path.realpath, args.validation_file)]  # without links
     for path in sorted({*train} & {*validation}):  # as a glob may bring it about
@@ -64,6 +69,12 @@ def call(args, say):  # args: Namespace of parse_args(); say (function): prints 
         for path in [path for path, other in pairs if path == other]:  # once for each time too much
             say(f"note     {path} is given twice, and counts twice")  # perhaps meant
     return next((sentence for wrong, sentence in faults if wrong), "")  # the first fault is enough
+
+def no_object(text):  # → why a text is no JSON object, or ""
+    try:  # the Trainer would not name the flag
+        return "" if isinstance(json.loads(text), dict) else "it is another kind of value"  # a list, say
+    except ValueError as error:  # quotes that the shell has taken away, mostly
+        return str(error)  # with the place
 
 def trainer(plan, args):  # plan: TrainingArguments; args: Namespace of parse_args()
     """Return what is wrong with the flags of the Trainer, or "": what would fail behind data and model."""
@@ -95,6 +106,8 @@ def optimizer(plan, given):  # plan: TrainingArguments; given: flags as typed
                    if recipe(optim_args=part) == recipe(optim_args=None)]  # no difference
         ignored += [name for name in ("--adam_beta1", "--adam_beta2", "--adam_epsilon")  # where it is no Adam
                     if name in given and recipe(**{name[2:]: 0.123}) == (kind, numbers)]  # no difference
+        if "--optim_target_modules" in given and not re.search("galore|apollo", plan.optim.value):  # for these alone
+            ignored.append("--optim_target_modules")  # the Trainer does not look at it
         if ignored:  # the run would not be what was asked for
             return f"{', '.join(ignored)} changes nothing for --optim {plan.optim.value}: leave it out"  # or misspelt
         made = kind(weight.parameters(), **numbers)  # looks at its numbers
@@ -106,8 +119,17 @@ def optimizer(plan, given):  # plan: TrainingArguments; given: flags as typed
         for factor in getattr(schedule, "lr_lambdas", ()):  # step → part of the learning rate
             [float(factor(step)) for step in range(9)]  # a number in quotes fails only here
     except Exception as error:  # of any kind, in the words of transformers or torch
-        return f"{what} cannot be used: {' '.join(str(error).split())}"  # names what is missing or wrong
+        return f"{what} cannot be used: {' '.join(str(error).split())}{way_on(str(error))}"  # what is missing or wrong
     return ""  # both can be made
+
+def way_on(words):  # words (str): of an error on a schedule's or an optimizer's arguments → what to do, or ""
+    if found := re.search(r"missing .* argument: '(\w+)'", words):  # as warmup_stable_decay needs one
+        return f"; give it, for example --lr_scheduler_kwargs '{{\"{found[1]}\": 100}}'"  # steps
+    if re.search("unexpected keyword", words):  # of another schedule, or misspelt
+        return "; leave it out"  # the sentence names it
+    if re.search("unsupported operand|not supported between|could not convert|must be real", words):  # '"1e-6"'
+        return "; write numbers, without quotes"  # JSON tells "1" from 1
+    return ""  # the library says it
 
 def plan(args, chunks, a_pass, a_step, steps, warmup, world, size):  # numbers of print_plan()
     """Return lines for what is odd in a plan, [] for an ordinary one. size (int): bytes of a checkpoint."""
@@ -348,6 +370,8 @@ def failure(error, flag, folder, device, training):  # error: an Exception of an
         return f"another process was lost or does not answer ({words[:300]}); {again}", 1  # launch.py knows it
     if re.search("out of memory|an(no|')t allocate memory|MemoryError", words):  # on GPU or CPU
         return f"out of memory on {device or 'this machine'}: {REMEDIES}", 1  # 1: fewer programs may run next time
+    if "pinned memory" in words:  # of --activation_checkpointing_kwargs
+        return "offloading activations needs a GPU: leave offload out", 2  # the CPU's memory is where they are
     full = re.search(r"No space left|[Qq]uota|Read-only|Permission denied|Input/output error", words)  # Linux's words
     disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", words)  # a checkpoint
     writing = flag == "--output_dir" and (disk or isinstance(error, OSError))  # not of a cache that is damaged

@@ -98,6 +98,9 @@ FOREIGN = {  # flag → the clause behind "unknown flag --x: "; behind each line
     "--val_size": HOLDOUT,  # LLaMA-Factory
     "--test_split_size": HOLDOUT,  # TRL
     "--dataset_text_field": "here it is --text_column",  # TRL, Unsloth
+    "--text_column_name": "here it is --text_column",  # run_mlm and other examples
+    "--text_field": "here it is --text_column", "--text_key": "here it is --text_column",  # an abbreviation
+    "--field": "here it is --text_column", "--column": "here it is --text_column",  # Axolotl, torchtune
     "--line_by_line": "here it is --sample_by line, for .txt and .md files",  # run_mlm
     "--keep_linebreaks": "not needed: line breaks stay; leave it out",  # run_clm
     "--dataset_num_proc": "here it is --preprocessing_num_workers, a number of threads",  # TRL, Axolotl, Unsloth
