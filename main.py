@@ -400,8 +400,8 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
         ranks.prompt = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))  # used at each step
         ranks.patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))  # for downloads and data
     except (RuntimeError, ValueError, OSError) as error:  # torch's own errors are RuntimeErrors
-        die(f"{size} processes could not connect within --ddp_timeout {seconds} ({one_line(error)}): is the "  # why
-            f"address {os.environ['MASTER_ADDR']} right, its port {os.environ['MASTER_PORT']} free?", 1, True)  # again
+        die(f"{size} processes could not connect at {os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}, "  # rank 0
+            f"with --ddp_timeout {seconds} ({one_line(error)}): mend that, and start all again", 1, True)  # 1: retry
     atexit.register(gc.collect)  # runs second: frees the groups, and waits for gloo's threads
     atexit.register(dist.destroy_process_group)  # runs first: torch itself lets go of the groups
     return ranks  # all ranks have come

@@ -1,18 +1,29 @@
 """What becomes of rows and tokens on their way to chunks: from files, directories, the hub and the cache."""
 
 import gzip
+import io
 import json
+import os
 import re
+import shlex
+import shutil
 import subprocess
+import sys
+import tarfile
+import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from helpers import (
     GOOD,
     INVALID,
+    ORDINARY,
+    ROOT,
     ROWS,
     SHORT,
     STRANGER,
@@ -21,8 +32,12 @@ from helpers import (
     free_port,
     launch,
     manual,
+    need,
     plain_user,
+    refused,
     results,
+    run,
+    same_weights,
     write_jsonl,
 )
 from hypothesis import HealthCheck, given, settings
@@ -214,6 +229,87 @@ def test_several_tokenizing_threads_make_the_same_chunks(tiny, tmp_path):
     assert one["input_ids"][:] == two["input_ids"][:]
 
 
+UNWRITABLE = {  # case: (flags, settings of the environment; {locked} is a directory without write permission)
+    "--cache_dir": ("--cache_dir {locked}/new", ""),
+    "HF_DATASETS_CACHE": ("", "HF_DATASETS_CACHE={locked}/new"),
+    "HF_HOME": ("", "HF_HOME={locked}"),
+    "XDG_CACHE_HOME": ("", "XDG_CACHE_HOME={locked}"),
+    "HOME": ("", "HOME={locked}"),
+}
+
+
+@pytest.mark.parametrize(("flags", "settings"), UNWRITABLE.values(), ids=UNWRITABLE)
+def test_a_cache_that_cannot_be_written_is_named_before_any_work(flags, settings, refuse, tmp_path):
+    """B2, B13: given by a flag, by datasets' own variables, or as the default below HOME; no hub has been asked yet."""
+    locked = tmp_path / "locked"
+    locked.mkdir()
+    locked.chmod(0o555)
+    flags, settings = flags.format(locked=locked), settings.format(locked=locked)
+
+    def in_a_bare_environment(*argv):
+        need(*ORDINARY[:1])
+        bare = ["env", "-u", "HF_HOME", "-u", "XDG_CACHE_HOME", *settings.split()]
+        return launch(*bare, *ORDINARY, sys.executable, ROOT / "main.py", *argv)
+
+    refuse(ALSO + f"--model_name_or_path test/nowhere {flags}", f"--cache_dir {locked}", "no files can be written",
+           "Permission denied", "choose another", runner=in_a_bare_environment)  # fmt: skip
+
+
+@pytest.mark.slow
+def test_a_disk_that_is_full_under_the_cache_ends_in_one_sentence(tiny, texts, disk, tmp_path):
+    """B2, B13: without a byte left, and full at any point: status 1, a sentence that names --cache_dir, no half file is
+    left behind; with space the same call goes on to the same weights."""
+    argv = ["--model_name_or_path", tiny, "--train_file", texts[0], "--no_truncation", *SHORT]
+    finish(*argv, "--cache_dir", tmp_path / "elsewhere", "--output_dir", tmp_path / "whole")
+    cache, reached = disk.folder / "cache", set()
+    disk.resize("size=32k")
+    disk.call("fallocate", "-l", "32k", disk.folder / "other")
+    for size in range(32, 400, 8):
+        job = [*argv, "--cache_dir", cache, "--output_dir", tmp_path / "out"]
+        done = SimpleNamespace(**disk.server.run(job, tmp_path / "out"))
+        if done.status == 0:
+            break
+        refused(done, f"--cache_dir {cache}", "space", status=1)
+        reached |= {work for work in ("train_rows", "Tokenizing", "train_chunks") if work in done.err}
+        assert disk.call("find", cache, "-name", "tmp*") == "", size
+        disk.resize(f"size={size + 8}k")
+    assert reached == {"train_rows", "Tokenizing", "train_chunks"}
+    assert same_weights(tmp_path / "whole", tmp_path / "out")
+
+
+PREPARED = {  # what is damaged, below --cache_dir
+    "rows": "generator/train_rows-*/*/*.arrow",
+    "tokens": "tokenized-*.arrow",
+    "chunks": "generator/train_chunks-*/*/*.arrow",
+    "facts about chunks": "generator/train_chunks-*/*/dataset_info.json",
+    "facts about rows": "generator/train_rows-*/*/dataset_info.json",
+}
+DAMAGES = {"cut short": slice(100), "cut at its end": slice(-100), "emptied": slice(0)}  # what is left of a file
+
+
+@pytest.mark.slow
+def test_a_damaged_cache_is_made_anew_and_trains_the_same(tiny, texts, tmp_path):
+    """B2, B13: whichever prepared file is cut short or empty, a note says so once, and the weights are those of a fresh
+    cache; the call after that finds a whole cache."""
+    cache, faults = tmp_path / "cache", {}
+    argv = ["--model_name_or_path", tiny, "--train_file", texts[0], "--no_truncation", *SHORT, "--cache_dir", cache]
+    assert "is damaged" not in finish(*argv, "--output_dir", tmp_path / "fresh").out
+    for name, pattern in PREPARED.items():
+        for damage, part in DAMAGES.items():
+            path = max(cache.glob(pattern), key=lambda path: path.stat().st_mtime_ns)  # the one in use
+            path.write_bytes(path.read_bytes()[part])
+            output = tmp_path / f"{name}, {damage}"
+            done = run(*argv, "--output_dir", output)
+            if done.status or not same_weights(tmp_path / "fresh", output):
+                faults[name, damage] = done.err[-500:]
+                shutil.rmtree(cache)
+                finish(*argv, "--output_dir", tmp_path / f"after {name}, {damage}")
+            elif done.out.count(f"note     data in {cache} is damaged") != 1:
+                faults[name, damage] = done.out
+    assert faults == {}
+    assert "is damaged" not in finish(*argv, "--output_dir", tmp_path / "again").out
+
+
 # ── Files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -388,6 +484,22 @@ def test_sample_by_is_for_txt_files(flags, words, refuse, tmp_path):
     refuse(flags, *words)
 
 
+@pytest.mark.parametrize("flag", ["--train_file", "--dataset_name"])
+def test_sample_by_needs_documents_in_a_folder(flag, tiny, tmp_path):
+    """L4: a folder of rows is refused; once there is a .md among them it is cut as asked, and the rows are not."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl", ["row one\n\nof several lines " * 3])
+    common = [flag, folder, "--max_seq_length", 4, "--no_truncation", "--sample_by"]
+    sentence = last_word(prepare, tiny, tmp_path, *common, "paragraph")
+    assert "--sample_by" in sentence and ".txt" in sentence and ".md" in sentence and "leave it out" in sentence
+    (folder / "b.md").write_text(POEM)
+    for sample_by, parts in (("document", [POEM]), ("paragraph", BLOCKS), ("line", POEM.splitlines(keepends=True))):
+        train, _, tokenizer = prepare(tiny, tmp_path, *common, sample_by)
+        texts = ["row one\n\nof several lines " * 3, *parts]
+        assert train["input_ids"][:] == expected_chunks(tokenizer, texts, 4, truncate=False)[0]
+
+
 # ── BOS, EOS, control words ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -454,6 +566,20 @@ def test_a_tokenizer_without_bos_makes_chunks_without_bos(tiny, tmp_path):
     assert 2 not in kept and made["input_ids"][:] == [kept[at : at + 32] for at in range(0, len(kept) - 31, 32)]
 
 
+def test_add_eos_with_a_tokenizer_without_eos_is_refused(refuse, tiny, tmp_path):
+    """L5: nothing would end a text; without the flag the model trains."""
+    shutil.copytree(tiny, tmp_path / "no-eos")
+    settings = json.loads((tiny / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (tmp_path / "no-eos" / "tokenizer_config.json").write_text(json.dumps(settings))
+    refuse(ALSO + "--model_name_or_path {tmp}/no-eos --add_eos", "--add_eos", "no EOS", "leave it out")
+    finish("--model_name_or_path", tmp_path / "no-eos", "--train_file", tmp_path / "train.jsonl", *SHORT,
+           "--output_dir", tmp_path / "new")  # fmt: skip
+
+
+# ── Files that are refused ───────────────────────────────────────────────────────────────────────────────────────────
+
+
 def lines(*rows):
     return "".join(json.dumps(row) + "\n" for row in rows)
 
@@ -461,7 +587,7 @@ def lines(*rows):
 ZIPPED = gzip.compress(lines(*[{"text": f"row {number}"} for number in range(1000)]).encode())
 CONTENT = {  # case: (file name, content), words of the sentence
     "empty": (("bad.jsonl", ""), "bad.jsonl", "empty"),
-    "unknown ending": (("bad.log", "text"), "bad.log", "none of the known endings", ".json", ".csv", ".txt", ".gz", "cp "),
+    "unknown ending": (("bad.log", "text"), "bad.log", "none of the known endings .txt .md .json", ".gz", "cp "),
     "broken line": (("bad.jsonl", '{"text": "a"}\n{"text": "b"\n'), "bad.jsonl, line 2", "broken JSON", "one object a"),
     "broken array": (("bad.json", '[{"text": "a"},\n {"text": "b"},\n {"text": }]'), "bad.json, line 3", "broken JSON"),
     "open array": (("bad.json", '[{"text": "a"},\n'), "bad.json, line ", "broken JSON"),
@@ -481,12 +607,12 @@ CONTENT = {  # case: (file name, content), words of the sentence
     "csv with a value too few": (("bad.csv", "id,text\n1,hello\n2\n"), "bad.csv, line 3", "1 value", "has 2"),
     "csv with an open quote": (("bad.csv", 'id,text\n1,"hello\n2,world\n'), "bad.csv", "broken CSV", "line"),
     "Latin-1": (("bad.txt", "plain\ncafé\n".encode("latin1")), "bad.txt", "not UTF-8", "byte 9", "0xe9", "iconv"),
-    "UTF-16": (("bad.txt", "a line\n".encode("utf-16")), "bad.txt", "is UTF-16-LE", "iconv -f utf-16-le -t utf-8"),
+    "UTF-16": (("bad.txt", "a line\n".encode("utf-16")), "bad.txt", "is UTF-16", "iconv -f "),
     "UTF-16 without a mark": (
         ("bad.txt", "a line\nand another\n".encode("utf-16-le")),
         "bad.txt",
-        "is UTF-16-LE",
-        "iconv -f utf-16-le",
+        "is UTF-16",
+        "iconv -f ",
     ),
     "NUL in CSV": (("bad.csv", "text\nhello\nwor\0ld\n"), "bad.csv", "line 3", "NUL"),
     "no such column in json": (
@@ -529,6 +655,495 @@ def test_bad_validation_file_is_named(refuse, tmp_path):
     """B9: the validation data is held to the same rules."""
     (tmp_path / "val.txt").write_text("\n\n")
     refuse(ALSO + "--validation_file {tmp}/val.txt --sample_by line", "validation", "2 rows", "blank")
+
+
+# ── Kinds of files, encodings ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read(*paths, column="text", sample_by="document"):
+    """The texts that files and folders become, as main.py finds and reads them."""
+    files = main.expand_files("--train_file", [str(path) for path in paths])
+    return [row["text"] for row in main.read_texts(files, column, sample_by, 10**9)]
+
+
+def last_word(function, *args, **named):
+    """The sentence in which main.py ends with status 2."""
+    with pytest.raises(SystemExit) as stop:
+        function(*args, **named)
+    assert stop.value.code == 2 and "\n" not in stop.value.sentence
+    return stop.value.sentence
+
+
+def follow(sentence, folder):
+    """Do what a sentence says, by bash in a folder. Returns: the path that it says to give."""
+    command, new = re.search(r"with ((?:iconv|jq|zcat) .*), and give (.*?)(?:; if not.*)?$", sentence).groups()
+    need(*{"iconv", "jq"} & {*shlex.split(command)})
+    folder.mkdir(exist_ok=True)
+    done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
+    assert done.returncode == 0 and not done.stderr, (command, done.stderr)
+    return folder / shlex.split(new)[0]
+
+
+def archive(name, content):
+    """A tar archive with one file in it."""
+    made = io.BytesIO()
+    with tarfile.open(fileobj=made, mode="w") as tar:
+        tar.addfile(tarfile.TarInfo(name), io.BytesIO(content))
+    return made.getvalue()
+
+
+def zipped(name, content):
+    made = io.BytesIO()
+    with zipfile.ZipFile(made, "w") as archive:
+        archive.writestr(name, content)
+    return made.getvalue()
+
+
+def parquet(table, **how):
+    """A parquet file of {column: values}, in memory."""
+    made = io.BytesIO()
+    pq.write_table(pa.table(table), made, **how)
+    return made.getvalue()
+
+
+KINDS = {  # case: (file name, its bytes), words of the sentence
+    "gzip named .jsonl": (("a.jsonl", ZIPPED), "is gzip data", "the ending .gz"),
+    "gzip named .txt": (("a.txt", gzip.compress(b"A line.\n")), "is gzip data", "the ending .gz"),
+    "zip": (("a.jsonl", zipped("a.txt", "text")), "is a zip archive", "unpack it"),
+    "PDF in ASCII": (("a.txt", b"%PDF-1.5\n1 0 obj\n<<>>\nendobj\n"), "is a PDF", "text out"),
+    "PDF": (("a.txt", b"%PDF-1.5\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<<>>\n"), "is a PDF", "text out"),
+    "PDF in .gz": (("a.txt.gz", gzip.compress(b"%PDF-1.5\n%\xe2\xe3\xcf\xd3\n")), "is a PDF", "text out"),
+    "tar": (("a.txt", archive("a.txt", b"")), "is a tar archive", "tar -xf", "folder"),
+    "tar in .gz": (("a.txt.gz", gzip.compress(archive("a.txt", b""))), "is a tar archive", "tar -xf", "folder"),
+    "tar.gz by its own name": (("a.tar.gz", gzip.compress(archive("a", b""))), "is a tar archive", "tar -xf"),
+    "zstd": (("a.jsonl", b"(\xb5/\xfd\x04\0"), "is zstd data", "zstd -d"),
+    "bzip2": (("a.csv", b"BZh91AY&SY"), "is bzip2 data", "bunzip2"),
+    "xz": (("a.csv", b"\xfd7zXZ\0"), "is xz data", "unxz"),
+    "parquet named .csv": (("a.csv", parquet({"text": ["a"]})), "is a parquet file", "the ending .parquet"),
+    "parquet in .gz": (("a.parquet.gz", gzip.compress(parquet({"text": ["a"]}))), "is a parquet file", "gunzip"),
+    "CSV named .parquet": (("a.parquet", b"id,text\n1,hello\n"), "is no parquet file", "the ending of what it holds"),
+    "Arrow named .json": (("a.json", b"ARROW1\0\0"), "is an Arrow file"),
+    "picture": (("a.txt", b"\x89PNG\r\n\x1a\n\0\0\0\rIHDR"), "is a picture", "leave it out"),
+    "program": (("a.txt", b"\x7fELF\x02\x01\x01\0"), "is a program", "leave it out"),
+    "database": (("a.csv", b"SQLite format 3\0"), "is a database", "sqlite3 -csv"),
+    "pointer of Git LFS": (("a.jsonl", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"), "git lfs pull"),
+    "page of the web": (("a.html", b"<html>text</html>"), "none of the known endings", "get the text out"),
+    "empty": (("a.txt", b""), "is empty", "how it was made"),
+}
+
+
+@pytest.mark.parametrize(("file", "words"), cases(KINDS))
+def test_a_file_of_another_kind_is_named_by_its_bytes(file, words, tmp_path):
+    """F4, B2: whatever its name, before it is read as text."""
+    path = tmp_path / file[0]
+    path.write_bytes(file[1])
+    sentence = last_word(main.expand_files, "--train_file", [str(path)])
+    assert sentence.startswith(f"--train_file {path} ") and not [word for word in words if word not in sentence]
+
+
+@pytest.mark.parametrize("name", ["a.jsonl", "user's own.txt"])
+def test_gzip_under_another_name_is_read_once_it_is_renamed_as_told(name, tmp_path):
+    """F4, B2: the advice leads to the text."""
+    text = lines({"text": "one"}, {"text": "two"})
+    path = tmp_path / name
+    path.write_bytes(gzip.compress(text.encode()))
+    ending = re.search(r"give its name the ending (\S+)$", last_word(read, path))[1]
+    path.rename(f"{path}{ending}")
+    assert read(f"{path}{ending}") == (["one", "two"] if name == "a.jsonl" else [text])
+
+
+def test_parquet_under_another_name_is_read_once_it_is_renamed_as_told(tmp_path):
+    """F4, B2: the advice leads to the text."""
+    path = tmp_path / "rows.csv"
+    path.write_bytes(parquet({"text": ["one", "two"]}))
+    ending = re.search(r"give its name the ending (\S+)$", last_word(read, path))[1]
+    path.rename(f"{path}{ending}")
+    assert read(f"{path}{ending}") == ["one", "two"]
+
+
+@pytest.mark.parametrize("name", ["notes.log", "my user's notes", "x.TEX"])
+def test_text_of_an_unknown_ending_is_read_once_it_is_copied_as_told(name, tmp_path):
+    """F4, B2: the command can be pasted, also with spaces and quotes in the name."""
+    path = tmp_path / name
+    path.write_text("one\ntwo\n")
+    command = re.search(r" (cp .*)$", last_word(read, path))[1]
+    subprocess.run(["bash", "-c", command], check=True)
+    assert read(shlex.split(command)[2]) == ["one\ntwo\n"]
+
+
+ENGLISH = "It's a line of text.\nAnd another one, with a café in it.\n" * 200
+RUSSIAN = "Это строка текста.\nИ ещё одна.\n" * 200
+CHINESE = "这是一个中文的文本文件,用来训练模型。\n第二行也是。\n" * 200
+ONE_LINE = "これは日本語の文です。" * 200 + "\n"  # neither a space nor a comma in it
+WIDE = [(code, language, mark) for code in ("utf-16-le", "utf-16-be", "utf-32-le", "utf-32-be")
+        for language, mark in ((ENGLISH, ""), (ENGLISH, "\ufeff"), (RUSSIAN, ""), (RUSSIAN, "\ufeff"),
+                               (CHINESE, "\ufeff"), (ONE_LINE, "\ufeff"))]  # fmt: skip
+LANGUAGES = {ENGLISH: "English", RUSSIAN: "Russian", CHINESE: "Chinese", ONE_LINE: "Japanese in one line"}
+
+
+@pytest.mark.parametrize(
+    ("code", "text", "mark"),
+    [pytest.param(*case, id=f"{case[0]}, {LANGUAGES[case[1]]}{', marked' * bool(case[2])}") for case in WIDE],
+)
+def test_text_of_two_or_four_bytes_a_letter_is_named_and_converted_by_what_is_told(code, text, mark, tmp_path):
+    """F4, B2: UTF-16 and UTF-32, as Windows writes them or without a mark; the command gives back the text."""
+    path = tmp_path / "user's own text.txt"
+    path.write_bytes((mark + text).encode(code))
+    sentence = last_word(read, path)
+    assert sentence.startswith(f"--train_file {path} is UTF-{code[4:6]}")
+    assert read(follow(sentence, tmp_path / "new")) == [text]
+
+
+def test_the_command_for_a_gzipped_file_unpacks_it(tmp_path):
+    """F4, B2: iconv does not."""
+    path = tmp_path / "two columns.csv.gz"
+    path.write_bytes(gzip.compress("id,text\n1,naïve\n2,straße\n".encode("utf-16")))
+    assert read(follow(last_word(read, path), tmp_path / "new")) == ["naïve", "straße"]
+
+
+WESTERN = {  # case: the line, and what of it is shown
+    "quotes": ("It’s the user’s own “quoted” text", "It’s the user’s own"),
+    "dashes": ("a dash – or two — and so on…", "a dash – or two — and so"),
+    "euro": ("it costs 5 €", "it costs 5 €"),
+    "French": ("Où est l’été, « déjà » ?", "Où est l’été"),
+}
+
+
+@pytest.mark.parametrize(("line", "shown"), WESTERN.values(), ids=WESTERN)
+def test_windows_1252_is_named_with_an_excerpt_and_converted_by_what_is_told(line, shown, tmp_path):
+    """F4, B2: the reader of the sentence judges by words of the file, deep inside of it."""
+    text = "plain\n" * 5000 + line + "\nplain\n"
+    path = tmp_path / "user's own text.txt"
+    path.write_bytes(text.encode("cp1252"))
+    sentence = last_word(read, path)
+    assert f"{path} is not UTF-8: " in sentence and "Windows-1252" in sentence and shown in sentence
+    assert "if not, find out its encoding" in sentence
+    assert read(follow(sentence, tmp_path / "new")) == [text]
+
+
+OTHERS = {  # encodings that cannot be told apart by looking: a text in each
+    "latin-1": "Une façon de dire l'été\n",
+    "gbk": CHINESE,
+    "big5": "這是一個中文的文字檔。\n",
+    "shift-jis": "これは日本語のテキストです。カタカナも。\n",
+    "euc-jp": "これは日本語のテキストです。\n",
+    "euc-kr": "이것은 한국어 텍스트입니다.\n",
+    "cp1251": "«Привет», – сказал он, – и ушёл…\n",
+    "koi8-r": RUSSIAN,
+    "cp1253": "Αυτό είναι – ένα κείμενο\n",
+}
+
+
+@pytest.mark.parametrize("code", OTHERS)
+def test_other_encodings_are_not_guessed(code, tmp_path):
+    """F4, B2: a wrong guess would train on junk; the sentence names the byte, and says that it has to be found out."""
+    content = b"plain\n" * 5000 + OTHERS[code].encode(code)
+    path = tmp_path / "a.txt"
+    path.write_bytes(content)
+    sentence = last_word(read, path)
+    at = next(number for number, byte in enumerate(content) if byte > 127)
+    assert f"{path} is not UTF-8: byte {at} is 0x{content[at]:02x}; find out its encoding" in sentence
+    assert not re.search(r"1252|latin|8859", sentence.replace(str(path), ""), re.I)
+    told = sentence.replace("ENCODING", code.replace("latin-1", "iso8859-1"))  # by whoever has found it out
+    assert read(follow(told, tmp_path / "new")) == ["plain\n" * 5000 + OTHERS[code]]
+
+
+@pytest.mark.parametrize(("name", "content", "line", "column"), [
+    ("a.txt", b"one\ntwo \0 three\n", 2, 5),
+    ("a.csv", b"id,text\n1,a\n2,bad \0 byte\n", 3, 7),
+    ("a.jsonl", '{"text": "ünï"}\n{"text": "ünï\0"}\n'.encode(), 2, 14),
+    ("a.txt.gz", gzip.compress(b"plain\n" * 5000 + b"\0\n"), 5001, 1),
+])  # fmt: skip
+def test_a_nul_in_utf8_is_named_with_line_and_column(name, content, line, column, tmp_path):
+    """F4, B2: a stray one makes no UTF-16 of a file."""
+    (tmp_path / name).write_bytes(content)
+    assert f"{name}, line {line}, column {column}: a NUL" in last_word(read, tmp_path / name)
+
+
+ODD = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\x1ei"  # str.splitlines() cuts at each of them
+ENDS = {  # case: (file name, bytes, --sample_by), texts
+    "marks inside a .txt": (("a.txt", b"\xef\xbb\xbfone\n\xef\xbb\xbftwo\n", "document"), ["one\ntwo\n"]),
+    "marks inside a .jsonl": (
+        ("a.jsonl", b'\xef\xbb\xbf{"text": "a"}\n\xef\xbb\xbf{"text": "b"}\n', "document"), ["a", "b"],
+    ),
+    "marks inside a .csv": (("a.csv", b"\xef\xbb\xbfid,text\n1,a\n\xef\xbb\xbf2,b\n", "document"), ["a", "b"]),
+    "two marks before an array": (("a.json", b'\xef\xbb\xbf\xef\xbb\xbf[{"text": "a"}]', "document"), ["a"]),
+    "CR alone, .txt": (("a.txt", b"one\rtwo\r", "line"), ["one\n", "two\n"]),
+    "CR alone, .csv": (("a.csv", b"id,text\r1,a\r2,b\r", "document"), ["a", "b"]),
+    "CR alone, .jsonl": (("a.jsonl", b'{"text": "a"}\r{"text": "b\\r\\n"}\r', "document"), ["a", "b\r\n"]),
+    "mixed, .txt": (("a.txt", b"one\r\n\r\ntwo\rthree\nfour", "document"), ["one\n\ntwo\nthree\nfour"]),
+    "mixed, in quotes": (("a.csv", b'id,text\r\n1,"a\r\nb"\n2,"c\nd"\r', "document"), ["a\nb", "c\nd"]),
+    "odd, .txt": (("a.txt", f"{ODD}\n{ODD}".encode(), "line"), [ODD + "\n", ODD]),
+    "odd, .md": (("a.md", f"{ODD}\n\n{ODD}".encode(), "paragraph"), [ODD + "\n", ODD]),
+    "odd, .csv": (("a.csv", f"id,text\n1,{ODD}\n2,b\n".encode(), "document"), [ODD, "b"]),
+    "odd, .tsv": (("a.tsv", f"id\ttext\n1\t{ODD}\n2\tb\n".encode(), "document"), [ODD, "b"]),
+    "odd, .jsonl": (("a.jsonl", '{"text": "a\u2028b\x85c\u2029d"}\n{"text": "e"}'.encode(), "document"),
+                    ["a\u2028b\x85c\u2029d", "e"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "texts"), ENDS.values(), ids=ENDS)
+def test_lines_end_at_line_breaks_alone_and_marks_vanish(file, texts, tmp_path):
+    """F4, L4, B2: \\n, \\r and \\r\\n end a line, form feeds and separators of Unicode do not; cat leaves byte order
+    marks inside files."""
+    name, content, sample_by = file
+    (tmp_path / name).write_bytes(content)
+    assert read(tmp_path / name, sample_by=sample_by) == texts
+
+
+# ── Columns and rows ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+SEPARATED = {  # case: (file name, content), texts, the separator that a note names
+    "semicolon": (("a.csv", "id;text\n1;a, b\n2;c\td | e\n"), ["a, b", "c\td | e"], "';'"),
+    "tab": (("a.csv", "id\ttext\n1\ta, b; c | d\n"), ["a, b; c | d"], r"'\t'"),
+    "bar": (("a.csv", "id|text\n1|a, b; c\td\n"), ["a, b; c\td"], "'|'"),
+    "comma": (("a.csv", "id,text\n1,a; b\tc | d\n"), ["a; b\tc | d"], ""),
+    "quoted": (("a.csv", '"id";"text"\n1;"a; ""b"",\nc"\n'), ['a; "b",\nc'], "';'"),
+    "other columns hold commas": (("a.csv", "name, first;text\nA, B;c\n"), ["c"], "';'"),
+    "a comma in a name": (("a.csv", "id;a, b, c;text\n1;x;y\n"), ["y"], "';'"),
+    "tsv": (("a.tsv", "id\ttext\n1\ta, b; c | d\n"), ["a, b; c | d"], ""),
+    "tsv in .gz": (("a.tsv.gz", "id\ttext\n1\ta, b\n"), ["a, b"], ""),
+    "one column": (("a.csv", "text\nhello; world | of\ttabs\n\nwith a blank row\n"),
+                   ["hello; world | of\ttabs", "", "with a blank row"], ""),
+    "one column, quoted": (("a.csv", 'text\n"a, b"\n'), ["a, b"], ""),
+    "one column of a tsv": (("a.tsv", "text\nhello, world; and | all\n"), ["hello, world; and | all"], ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("file", "texts", "noted"), SEPARATED.values(), ids=SEPARATED)
+def test_the_separator_is_seen_in_the_header_and_named(file, texts, noted, tmp_path, capsys):
+    """F4, F5, B2: comma, semicolon, tab or bar; texts may hold the others; a note names one that is no comma."""
+    path = tmp_path / file[0]
+    path.write_bytes(gzip.compress(file[1].encode()) if path.suffix == ".gz" else file[1].encode())
+    assert read(path) == texts
+    notes = f"note     {path}: columns are separated by {noted}\n" if noted else ""
+    assert capsys.readouterr().out == notes
+
+
+@pytest.mark.parametrize(("name", "header"), [
+    ("a.csv", "id;body"), ("a.csv", "id\tbody"), ("a.csv", "id|body"), ("a.csv", "id,body"), ("a.tsv", "id\tbody"),
+])  # fmt: skip
+def test_a_missing_column_names_the_columns_as_they_are_split(name, header, tmp_path):
+    """F5, B5: not one column "id;body", which could then be asked for."""
+    (tmp_path / name).write_text(f"{header}\n{header}\n")
+    sentence = last_word(read, tmp_path / name)
+    assert "line 1: no column 'text'" in sentence and "columns: id, body;" in sentence
+    assert read(tmp_path / name, column="body") == ["body"]
+
+
+def chat(*turns):
+    return "".join(f"<start_of_turn>{role}\n{text}<end_of_turn>\n" for role, text in turns)
+
+
+TALK = [("user", "What's “this”?"), ("model", 'A "test".\n\nOf quotes.')]
+SHAPES = {  # what people have: (rows, the texts that are to come of them)
+    "messages": (
+        [{"id": 1, "messages": [{"role": "user", "content": TALK[0][1]}, {"role": "assistant", "content": TALK[1][1]}]},
+         {"id": 2, "messages": [{"role": "assistant", "content": "Hi."}]}],
+        [chat(*TALK), chat(("model", "Hi."))],
+    ),
+    "conversations": (
+        [{"conversations": [{"from": "human", "value": TALK[0][1]}, {"from": "gpt", "value": TALK[1][1]}]}] * 2,
+        [chat(*TALK)] * 2,
+    ),
+    "prompt and completion": ([{"prompt": "a 'b'", "completion": "ü\nc"}] * 2, ["a 'b'\nü\nc"] * 2),
+    "instruction, input and output": (
+        [{"instruction": "Add.", "input": "1 + 1", "output": "2"},
+         {"instruction": "Go.", "input": "é", "output": "No."}],
+        ["Add.\n1 + 1\n2", "Go.\né\nNo."],
+    ),
+    "nested rows": ([{"version": "0.1", "data": [{"text": "one"}, {"text": "two\n“2”"}]}] * 2, ["one", "two\n“2”"] * 2),
+    "nested rows with an odd name": ([{"all the user's \"rows\"": [{"text": "one"}]}] * 2, ["one"] * 2),
+}  # fmt: skip
+LAYOUTS = {  # how they have written it: the file's ending, and its content
+    "a line each": (".jsonl", lambda rows: lines(*rows)),
+    "an array": (".json", lambda rows: json.dumps(rows, ensure_ascii=False)),
+    "an indented array": (".json", lambda rows: json.dumps(rows, indent=2)),
+    "one indented after the other": (".json", lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows)),
+    "marked": (".jsonl", lambda rows: "\ufeff" + lines(*rows)),
+    "in .gz": (".jsonl.gz", lambda rows: lines(*rows)),
+    "indented, in .gz": (".JSON.GZ", lambda rows: "\n".join(json.dumps(row, indent=2) for row in rows)),
+}
+
+
+def write_layout(layout, rows, folder):
+    ending, content = LAYOUTS[layout]
+    path = folder / f"user's own rows{ending}"
+    content = content(rows).encode()
+    path.write_bytes(gzip.compress(content) if ending.lower().endswith(".gz") else content)
+    return path
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_conversations_and_nested_rows_become_texts_by_what_is_told(shape, layout, tmp_path):
+    """F5, B2, B5: the command for jq gives a file that is read, with all that was said, and by whom."""
+    rows, texts = SHAPES[shape]
+    path = write_layout(layout, rows, tmp_path)
+    sentence = last_word(read, path)
+    assert str(path) in sentence.partition(": ")[0]
+    assert read(follow(sentence, tmp_path / "new")) == texts
+
+
+@pytest.mark.parametrize("layout", ["one indented after the other", "indented, in .gz"])
+def test_objects_that_span_lines_become_lines_by_what_is_told(layout, tmp_path):
+    """F5, B2: text and all, where the column is there."""
+    path = write_layout(layout, [{"text": "one"}, {"text": "two\n“2”"}], tmp_path)
+    sentence = last_word(read, path)
+    assert "line 1: broken JSON" in sentence
+    assert read(follow(sentence, tmp_path / "new")) == ["one", "two\n“2”"]
+
+
+@pytest.mark.parametrize("shape", ["messages", "prompt and completion"])
+def test_nested_conversations_take_two_commands_in_one_folder(shape, tmp_path):
+    """F5, B2: the second does not write into the file that it reads."""
+    rows, texts = SHAPES[shape]
+    path = write_layout("an indented array", {"data": rows}, tmp_path)
+    between = follow(last_word(read, path), tmp_path)
+    assert read(follow(last_word(read, between), tmp_path)) == texts
+
+
+ODD_SHAPES = {  # rows that no command can be given for, words of the sentence
+    "messages in parts": ({"messages": [{"role": "user", "content": [{"type": "text"}]}]}, "messages hold questions"),
+    "a prompt of messages": ({"prompt": [{"content": 1}], "completion": "b"}, "prompt and completion hold questions"),
+    "an empty list": ({"data": []}, "columns: data; choose one with --text_column"),
+    "a list of strings": ({"data": ["a"]}, "columns: data; choose one with --text_column"),
+}
+
+
+@pytest.mark.parametrize(("row", "words"), ODD_SHAPES.values(), ids=ODD_SHAPES)
+def test_no_command_is_told_where_none_would_do(row, words, tmp_path):
+    """F5, B5: rather no command than one that loses text."""
+    sentence = last_word(read, write_layout("a line each", [row], tmp_path))
+    assert words in sentence and "jq" not in sentence
+
+
+# ── Parquet ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+STRINGS = [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+
+
+@pytest.mark.parametrize("kind", STRINGS, ids=str)
+def test_all_rows_of_a_parquet_file_are_read_in_order(kind, tmp_path):
+    """F4, B2: over row groups and batches, of each kind of text; null is a blank row; other columns do not matter."""
+    texts = [None if number % 99 == 7 else f"NA {number}\nline two" for number in range(2500)]
+    table = {"id": range(2500), "text": pa.array(texts, pa.string()).cast(kind), "more": [["x"]] * 2500}
+    (tmp_path / "A.Parquet").write_bytes(parquet(table, row_group_size=700))
+    assert read(tmp_path / "A.Parquet") == texts
+
+
+def test_blank_rows_of_a_parquet_file_are_counted(tiny, tmp_path, capsys):
+    """B2, B3: null, "" and spaces are rows that are skipped."""
+    (tmp_path / "a.parquet").write_bytes(parquet({"text": [None, "", "  ", *ROWS]}))
+    prepare(tiny, tmp_path, "--train_file", tmp_path / "a.parquet", "--max_seq_length", 64)
+    assert report_of(capsys.readouterr().out)[:2] == [13, 3]
+
+
+def test_a_parquet_file_is_read_a_batch_at_a_time(tmp_path):
+    """B2: rows come before a later row group, which is damaged, is looked at; then the file is named."""
+    content = bytearray(parquet({"text": [f"{number} " * 9 for number in range(3000)]}, row_group_size=1000,
+                                compression="NONE", use_dictionary=False))  # fmt: skip
+    middle = content.index(b"2500 2500")
+    content[middle - 9000 : middle + 9000] = b"\xff" * 18000
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    rows = main.read_texts([str(path)], "text", "document", 1)
+    assert [next(rows)["text"] for _ in range(2000)] == [f"{number} " * 9 for number in range(2000)]
+    assert f"{path} cannot be read to its end" in last_word(list, rows)
+
+
+BAD_PARQUET = {  # case: bytes of the file, words of the sentence
+    "wrong column": (parquet({"Text": ["a"], "id": [1]}), "no column 'text'", "mean 'Text'?", "columns: Text, id"),
+    "numbers": (parquet({"text": [None, 5]}), "row 2", "column 'text' holds 5", "--text_column"),
+    "lists": (parquet({"text": [["a"]]}), "row 1", "column 'text' holds [", "--text_column"),
+    "bytes": (parquet({"text": [b"a"]}), "row 1", "column 'text' holds ", "--text_column"),
+    "conversations": (parquet({"messages": [[{"role": "user", "content": "a"}]]}), "messages hold questions", "'text'"),
+    "cut at its end": (parquet({"text": ["a"] * 99})[:-20], "cannot be read to its end"),
+    "cut after its first bytes": (b"PAR1\x15", "cannot be read to its end"),
+    "zero rows": (parquet({"text": pa.array([], pa.string())}), "no rows"),
+    "text that is no UTF-8": (parquet({"text": pa.array([b"caf\xe9"]).view(pa.string())}), "a.parquet", "UTF-8"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("content", "words"), cases(BAD_PARQUET))
+def test_a_bad_parquet_file_is_refused_in_one_sentence(content, words, tmp_path):
+    """F4, F5, B2, B5: what is wrong, and where."""
+    path = tmp_path / "a.parquet"
+    path.write_bytes(content)
+    sentence = last_word(read, path)
+    assert str(path) in sentence and [word for word in words if word not in sentence] == []
+
+
+# ── Paths ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def parsed(tiny, tmp_path, *argv):
+    """The command line as main.py takes it, with a model and places to write."""
+    common = ["--model_name_or_path", tiny, "--output_dir", tmp_path / "out", "--cache_dir", tmp_path / "cache"]
+    return main.parse_args([str(word) for word in [*common, *argv]])
+
+
+def test_a_file_that_is_given_twice_is_noted_and_counts_twice(tiny, tmp_path, train, capsys):
+    """F4, B2: by name and by glob, by a link, by its folder; each of two flags adds its files."""
+    other = write_jsonl(tmp_path / "other.jsonl", ["other"])
+    (tmp_path / "link.jsonl").symlink_to(train)
+    for more in ([tmp_path / "t*.jsonl"], [tmp_path / "link.jsonl"], ["--train_file", train]):
+        args = parsed(tiny, tmp_path, "--train_file", train, other, *more)
+        assert len(args.train_file) == 3
+        notes = re.findall(r"^note .*", capsys.readouterr().out, re.M)
+        assert notes == [f"note     {train} is given twice, and counts twice"]
+    parsed(tiny, tmp_path, "--train_file", train, "--train_file", other)
+    assert "note" not in capsys.readouterr().out
+
+
+def test_a_file_that_is_training_and_validation_data_is_noted(tiny, tmp_path, texts, capsys):
+    """F4, B9: also where a glob or a folder brings it about."""
+    train, validation = texts
+    for path in (tmp_path / "*.jsonl", tmp_path, validation):
+        parsed(tiny, tmp_path, "--train_file", path, "--validation_file", validation)
+        notes = re.findall(r"^note .*", capsys.readouterr().out, re.M)
+        assert len(notes) == 1 and f"{validation} is training and validation data" in notes[0]
+    parsed(tiny, tmp_path, "--train_file", train, "--validation_file", validation)
+    assert "note" not in capsys.readouterr().out
+
+
+def broken_link(path):
+    path.symlink_to(path.parent / "moved.txt")
+
+
+STRANGE = {  # case: what makes a.txt, words of the sentence
+    "broken link": (broken_link, "is a link to", "moved.txt", "not there"),
+    "link to itself": (lambda path: path.symlink_to(path), "is a link to", "not there"),
+    "pipe": (os.mkfifo, "is a pipe", "write its content into a file first"),
+    "empty file": (Path.touch, "is empty", "how it was made"),
+}
+
+
+@pytest.mark.parametrize(("make", "words"), cases(STRANGE))
+@pytest.mark.parametrize("given", ["a.txt", "", "*.txt"], ids=["by name", "by folder", "by glob"])
+def test_what_is_no_readable_file_gets_a_true_sentence(make, words, given, tmp_path):
+    """F4: however it is given; no word of permissions, and nothing waits for a pipe."""
+    make(tmp_path / "a.txt")
+    sentence = last_word(main.expand_files, "--validation_file", [str(tmp_path / given)])
+    assert sentence.startswith(f"--validation_file {tmp_path}/a.txt is ") and "permission" not in sentence
+    assert [word for word in words if word not in sentence] == []
+
+
+def test_a_pipe_of_the_shell_is_no_file(tmp_path):
+    """F4: <(zcat …) can be read only once."""
+    ends = os.pipe()
+    sentence = last_word(main.expand_files, "--train_file", [f"/dev/fd/{ends[0]}"])
+    [os.close(end) for end in ends]
+    assert f"--train_file /dev/fd/{ends[0]} is a pipe" in sentence
+
+
+def test_a_file_in_a_folder_without_read_permission_is_refused(refuse, tmp_path):
+    """F4: rather than left out."""
+    (tmp_path / "folder").mkdir()
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / "folder" / name).write_text("text\n" * 99)
+    (tmp_path / "folder" / "b.txt").chmod(0)
+    refuse("--train_file {tmp}/folder", "--train_file", "folder/b.txt", "no permission to read", runner=plain_user)
 
 
 # ── Directories ──────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -603,6 +1218,185 @@ def test_a_read_only_directory_is_read_and_not_written_to(make, tiny, tmp_path):
     subprocess.run(["chmod", "-R", "u+w", tmp_path / "data"], check=True)
     assert done.status == 0, done.err
     assert sorted(tmp_path.glob("data/**/*")) == before
+
+
+MIXED = {  # name: content, texts; None: left out
+    "a.txt": ("one\n\n  two\n", ["one\n\n  two\n"]),
+    "B.MD": ("# Title\n\n\ntext", ["# Title\n\n\ntext"]),
+    "c.jsonl": ('{"text": "NA"}\n{"text": "line\\n\\nbreaks "}\n', ["NA", "line\n\nbreaks "]),
+    "sub/d.csv": ("id,text\n1,null\n2,\n3,nan\n", ["null", "", "nan"]),
+    "sub/deep/e.json": ('[{"text": "None"}]', ["None"]),
+    "sub/deep/f.tsv": ("text\tid\n007\t1\n", ["007"]),
+    "g.txt.gz": (gzip.compress(b"packed\n"), ["packed\n"]),
+    "h.parquet": (parquet({"text": ["true", None]}), ["true", None]),
+    "notes.log": ("left out", None),
+    "LICENSE": ("left out", None),
+    ".hidden.txt": ("left out", None),
+    "sub/.git/config.txt": ("left out", None),
+}
+
+
+def write_files(folder, files):
+    """Write {name: content}, or {name: (content, …)}, the last name first. Returns: folder."""
+    for name in sorted(files, reverse=True):
+        content = files[name][0] if isinstance(files[name], tuple) else files[name]
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    return folder
+
+
+def left_out(said):
+    """The paths that a line of main.py names as left out, and how many files it says are read."""
+    read, paths = re.search(r": ([\d,]+) of [\d,]+ files are read(?:; left out: (.*))?$", said, re.M).groups()
+    return {Path(path) for path in (paths or "").split(", ") if path}, int(read)
+
+
+@pytest.mark.parametrize("end", ["", "/", "/sub/..", "[x]"])
+def test_a_folder_is_read_as_its_files_are(end, tmp_path, capsys):
+    """F4, L4, B2: all known kinds, at any depth, in the order of their names, by the same readers; what is left out is
+    named."""
+    folder = write_files(tmp_path / f"folder{end * (end == '[x]')}", MIXED)
+    given = f"{folder}{end * (end != '[x]')}"
+    names = sorted(name for name, (_, texts) in MIXED.items() if texts is not None)
+    expected = [text for name in names for text in MIXED[name][1]]
+    assert read(given) == expected
+    rest = {folder.resolve() / name for name in {*MIXED} - {*names}}
+    named, number = left_out(capsys.readouterr().out)
+    assert ({path.resolve() for path in named}, number) == (rest, len(names))
+    assert read(*(folder / name for name in names)) == expected
+    assert capsys.readouterr().out == ""
+
+
+def test_a_folder_has_the_same_order_on_every_disk(tmp_path):
+    """F4, B13: directories list their files in whatever order."""
+    names = [f"{number:02}.txt" for number in range(30)]
+    write_files(tmp_path, {name: name for name in names})
+    write_files(tmp_path, {"00/z.txt": "00/z.txt"})
+    assert read(tmp_path) == ["00.txt", "00/z.txt", *names[1:]]
+
+
+def test_many_files_that_are_left_out_are_not_all_named(tmp_path, capsys):
+    """F4: nine, and more."""
+    write_files(tmp_path, {"a.txt": "a"} | {f"{number:03}.log": "b" for number in range(100)})
+    assert read(tmp_path) == ["a"]
+    said = capsys.readouterr().out
+    assert "1 of 101 files are read" in said and said.count(".log") == 9 and said.endswith(" and more\n")
+
+
+def test_files_behind_links_are_read_once(tmp_path):
+    """F4: folders and files may be links; a link back up is no second text."""
+    write_files(tmp_path / "elsewhere", {"b.txt": "b", "c.txt": "c"})
+    folder = write_files(tmp_path / "folder", {"a.txt": "a"})
+    (folder / "linked").symlink_to(tmp_path / "elsewhere")
+    assert read(folder) == ["a", "b", "c"]
+    (folder / "back").symlink_to(folder)
+    assert read(folder) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(("flag", "files", "words"), [
+    ("--train_file", {"a.log": "x", ".b.txt": "y"}, [".txt .md .json .jsonl .csv .tsv .parquet", "a.log", ".b.txt"]),
+    ("--dataset_name", {"a.log": "x", ".b.txt": "y"}, [".txt .md .json .jsonl .csv .tsv .parquet", "a.log", ".b.txt"]),
+    ("--train_file", {}, [".txt .md .json .jsonl .csv .tsv .parquet"]),
+    ("--dataset_name", {}, ["any data files"]),
+])  # fmt: skip
+def test_a_folder_without_known_files_is_refused(flag, files, words, tiny, tmp_path):
+    """F3, F4, B2: the sentence names the kinds, or that there is nothing."""
+    (tmp_path / "folder").mkdir()
+    write_files(tmp_path / "folder", files)
+    sentence = last_word(prepare, tiny, tmp_path, flag, tmp_path / "folder")
+    assert sentence.startswith(f"{flag} {tmp_path}/folder ")
+    assert [word for word in words if word not in sentence] == []
+
+
+def chunks_from(tiny, tmp_path, *argv):
+    """(chunks for training, chunks for validation) that flags bring about."""
+    train, validation, _ = prepare(tiny, tmp_path, *argv, "--max_seq_length", 4, "--no_truncation")
+    return [split and split["input_ids"][:] for split in (train, validation)]
+
+
+def test_a_data_set_directory_of_files_is_read_as_training_files_are(tiny, tmp_path, capsys):
+    """F3, F4, L4, B2: the same texts, so the same chunks: nothing becomes blank, no line break is lost."""
+    folder = write_files(tmp_path / "folder", MIXED)
+    expected = chunks_from(tiny, tmp_path, "--train_file", folder)
+    reports = report_of(capsys.readouterr().out)
+    assert chunks_from(tiny, tmp_path, "--dataset_name", folder) == expected
+    said = capsys.readouterr().out
+    assert report_of(said) == reports
+    assert left_out(said) == ({folder / name for name, (_, texts) in MIXED.items() if texts is None}, 8)
+
+
+@pytest.mark.parametrize("names", [
+    ("train.jsonl", "validation.txt", "test.csv"),
+    ("train/a.md", "valid/b.md", "test/c.md"),
+    ("data/train-00000-of-00001.jsonl", "data/validation-00000-of-00001.jsonl", "data/test-00000-of-00001.jsonl"),
+    ("my_train_1.TXT.gz", "my_val_1.parquet", "my_eval_1.txt"),
+])  # fmt: skip
+def test_names_in_a_data_set_directory_tell_the_splits(names, tiny, tmp_path, capsys):
+    """F3, B2: as for datasets itself; the test split and the card are left out, which is said."""
+    rows = ["to train on " * 9, "to validate with " * 9, "never seen"]
+    content = {
+        ".jsonl": lambda row: lines({"text": row}), ".csv": lambda row: f"text\n{row}\n", ".txt": str, ".md": str,
+        ".gz": lambda row: gzip.compress(row.encode()), ".parquet": lambda row: parquet({"text": [row]}),
+    }  # fmt: skip
+    files = {name: content[Path(name).suffix](row) for name, row in zip(names, rows, strict=True)}
+    folder = write_files(tmp_path / "folder", files | {"README.md": "# A card\n\nwithout a loading configuration"})
+    made = chunks_from(tiny, tmp_path, "--dataset_name", folder)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    assert made == [expected_chunks(tokenizer, [row], 4, truncate=False)[0] for row in rows[:2]]
+    assert left_out(capsys.readouterr().out) == ({folder / names[2], folder / "README.md"}, 2)
+
+
+def test_the_configuration_in_a_card_is_left_to_datasets(tiny, tmp_path, capsys):
+    """F3: README.md with `configs:` says which files are which split."""
+    card = """---
+configs:
+- config_name: first
+  data_files:
+  - {split: train, path: x/*.jsonl}
+  - {split: validation, path: train.jsonl}
+- config_name: second
+  data_files: other.jsonl
+---
+"""
+    files = {"x/1.jsonl": lines({"text": "to train on " * 9}), "train.jsonl": lines({"text": "to validate " * 9}),
+             "other.jsonl": lines({"text": "another one " * 9}), "README.md": card}  # fmt: skip
+    folder = write_files(tmp_path / "folder", files)
+    tokenizer = AutoTokenizer.from_pretrained(tiny)
+    flags = ["--dataset_name", folder, "--dataset_config_name", "first"]
+    rows = ["to train on " * 9, "to validate " * 9]
+    expected = [expected_chunks(tokenizer, [row], 4, truncate=False)[0] for row in rows]
+    assert chunks_from(tiny, tmp_path, *flags) == expected
+    assert "files are read" not in capsys.readouterr().out
+    sentence = last_word(prepare, tiny, tmp_path, "--dataset_name", folder)
+    assert "--dataset_config_name" in sentence and "first" in sentence and "second" in sentence
+
+
+def test_a_configuration_of_a_folder_that_has_none_is_refused(tiny, tmp_path):
+    """F3: it would do nothing."""
+    folder = write_files(tmp_path / "folder", {"train.txt": "text"})
+    sentence = last_word(prepare, tiny, tmp_path, "--dataset_name", folder, "--dataset_config_name", "en")
+    assert "--dataset_config_name en" in sentence and "leave it out" in sentence
+
+
+def test_a_card_in_another_encoding_is_no_obstacle(tiny, tmp_path):
+    """F3: README.md is no data."""
+    folder = write_files(tmp_path / "folder", {"train.txt": "text " * 9, "README.md": "café".encode("latin1")})
+    assert chunks_from(tiny, tmp_path, "--dataset_name", folder)[0]
+
+
+def test_a_training_split_of_unknown_files_alone_is_refused(tiny, tmp_path):
+    """F3, B2: that there is a validation split is not enough."""
+    folder = write_files(tmp_path / "folder", {"train.log": "text", "validation.txt": "text " * 99})
+    sentence = last_word(chunks_from, tiny, tmp_path, "--dataset_name", folder)
+    assert f"--dataset_name {folder}" in sentence and "train" in sentence and ".txt .md .json" in sentence
+
+
+def test_a_bad_file_in_a_data_set_directory_is_named(tiny, tmp_path):
+    """F3, B2: by its bytes, as a training file is; by its line."""
+    folder = write_files(tmp_path / "folder", {"train.txt": b"%PDF-1.5\n", "test.txt": ""})
+    assert f"--dataset_name {folder}/train.txt is a PDF" in last_word(prepare, tiny, tmp_path, "--dataset_name", folder)
+    folder = write_files(tmp_path / "other", {"train.jsonl": '{"text": "a"}\n{"text": \n'})
+    assert f"{folder}/train.jsonl, line 2: broken JSON" in last_word(prepare, tiny, tmp_path, "--dataset_name", folder)
 
 
 # ── The hub ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -536,7 +536,7 @@ def test_ctrl_c_reaches_launcher_and_ranks_at_once(four_steps, tmp_path):
     need("pgrep")
     output = tmp_path / "out"
     words = [*two_processes(), *four_steps[0], "--max_steps", 400, "--report_to", "none", "--output_dir", output]
-    process = subprocess.Popen([str(word) for word in words], stdout=-3, stderr=-1, text=True, start_new_session=True)
+    process = subprocess.Popen(last_wins(words), stdout=-3, stderr=-1, text=True, start_new_session=True)
     wait_for(output / "checkpoint-4", process)
     ranks = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     os.killpg(process.pid, signal.SIGINT)
@@ -553,7 +553,7 @@ def test_two_ranks_go_on_together(four_steps, tmp_path):
     argv = [*four_steps[0], "--max_steps", 60, "--save_total_limit", 2, "--report_to", "none"]
 
     def start(output):
-        words = [str(word) for word in [*two_processes(), *argv, "--output_dir", output]]
+        words = last_wins([*two_processes(), *argv, "--output_dir", output])
         return subprocess.Popen(words, stdout=-1, stderr=-1, text=True)
 
     whole = start(tmp_path / "whole")
