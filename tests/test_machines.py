@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -21,6 +22,7 @@ import pytest
 from helpers import (
     GOOD,
     MACHINE_TABLE,
+    NAMESPACE,
     PATH,
     PATIENCE,
     ROOT,
@@ -77,6 +79,21 @@ def test_two_machines_train_like_one_process_with_the_double_batch(undisturbed, 
         return (apart / way) ** 0.5
 
     assert in_child(distance) < 0.02
+
+
+IPV6 = ("fd00:77::1", "fd00:77::2")
+READY = '[ -z "$(ip -6 addr show tentative)" ]'  # Linux looks for twins of an address before it can be used
+
+
+@pytest.mark.slow
+def test_two_machines_without_ipv4_train_the_same(undisturbed, machine_flags, tmp_path):
+    """C5, N1 to N3: over IPv6 alone; the sums of the gradients come over the cable, and the weights are equal."""
+    hosts, output = Hosts(tmp_path, IPV6), tmp_path / "out"
+    before = f"until {READY}; do sleep 0.1; done; ! hostname -I | grep -F ."
+    nodes = hosts.both(*machine_flags, MAIN_NODE_IP=f"[{IPV6[0]}]", OUTPUT_DIR=output, before=before)
+    assert [node.wait(120) for node in nodes] == [0, 0], [node.said() for node in nodes]
+    hosts.close()
+    assert in_child(same_weights, undisturbed, output)
 
 
 LISTEN = "import socket, time; server = socket.create_server(('', 29500)); kept = server.accept(); time.sleep(99)"
@@ -164,6 +181,103 @@ def test_what_is_wrong_on_one_machine_ends_both_with_its_sentence(hosts, machine
         assert node.said().count("main.py: error:") == 1, node.said()
     assert "rank 1 on node1" in nodes[0].said()
     assert steps(tmp_path / "out") == [] and os.listdir(tmp_path / "own") == []
+
+
+MEETING = """
+ip link set lo up
+ip addr add fd00:77::1/64 dev lo nodad
+mount --bind $0/hosts /etc/hosts
+mount --bind $0/resolv.conf /etc/resolv.conf
+mount --bind $0/nsswitch.conf /etc/nsswitch.conf
+eval "$1"
+bash "$2/multinode_train.sh" 0 >$0/zero 2>&1 &
+TOTAL_GPUS=4 bash "$2/multinode_train.sh" 1 >$0/one 2>&1
+echo $? >>$0/one
+wait $!
+echo $? >>$0/zero
+kill $(jobs -p)
+"""
+NAMES = "127.0.0.1 node0 both\nfd00:77::1 node6 both\n10.77.0.9 elsewhere\nfd00:77::9 elsewhere6\n"
+
+
+def meeting(folder, address, before="", lookups="files", **settings):
+    """Two launchers on a machine of its own that differ in TOTAL_GPUS. Returns: the words of each, the seconds."""
+    need("ip")
+    (folder / "hosts").write_text(NAMES)
+    (folder / "resolv.conf").write_text("nameserver 127.0.0.1\noptions timeout:1 attempts:1\n")
+    (folder / "nsswitch.conf").write_text(f"hosts: {lookups}\n")
+    env = {"PATH": PATH, "MAIN_NODE_IP": address, "OUTPUT_DIR": folder, "TOTAL_GPUS": 2, "NODE_WAIT": 9} | settings
+    began = time.time()
+    launch(*NAMESPACE, MEETING, folder, before, ROOT, env={name: str(value) for name, value in env.items()})
+    said = [(folder / name).read_text() for name in ("zero", "one")]
+    assert all(words.endswith("\n2\n") and "Traceback" not in words for words in said), said
+    return said, time.time() - began
+
+
+@pytest.mark.parametrize("address", ["::1", "[::1]", "fd00:77::1", "[fd00:77::1]", "FD00:77:0::1", "node6", "127.0.0.1",
+                                     "127.0.0.5", "node0", "both"])  # fmt: skip
+def test_every_form_of_an_address_of_this_machine_is_known_and_reached(address, tmp_path):
+    """N1: IPv4, IPv6, in brackets or not, and names: the machines meet, and say with which address the other came."""
+    said, seconds = meeting(tmp_path, address)
+    here = "127.0.0.1" if address.startswith(("127", "node0")) else "(127.0.0.1|::1|fd00:77::1)"
+    for words in said:
+        assert re.search(f"launch.py: TOTAL_GPUS is 4 at {here} and 2 on the main machine: make them the same", words)
+    assert seconds < 6
+
+
+@pytest.mark.parametrize("address", ["nowhere", "nowhere.example.com", "10.0.0.300", "a..b", "fe80::1", "FE80::1%lo",
+                                     "fd00:77::1%lo", "::", "0.0.0.0"])  # fmt: skip
+def test_a_main_address_by_which_nobody_is_reached_is_said_at_once_by_both(address, tmp_path):
+    """N1, N3: an unknown name, one that is no name, link-local addresses, those that mean any machine."""
+    said, seconds = meeting(tmp_path, address)
+    for words in said:
+        assert f"MAIN_NODE_IP={address} " in words and " waiting: " not in words, words
+        assert "set it on all machines to one of `hostname -I` of the main machine" in words, words
+    assert seconds < 6
+
+
+@pytest.mark.parametrize("address, shown", [("elsewhere", "elsewhere"), ("elsewhere6", "elsewhere6"),
+                                            ("fd00:77::9", "[fd00:77::9]")])  # fmt: skip
+def test_an_address_of_another_machine_is_refused_by_the_main_one_alone(address, shown, tmp_path):
+    """N1, N3: the other machine tries it until NODE_WAIT is over, as the main one may come up later."""
+    (zero, one), _ = meeting(tmp_path, address, NODE_WAIT=3)
+    assert f"MAIN_NODE_IP={address} is no address of this machine (Cannot assign requested address)" in zero, zero
+    assert f"given up after NODE_WAIT=3 s: {shown}:29500 cannot be reached (" in one, one
+
+
+NAME_SERVER = """
+import socket, time
+time.sleep({sleep})
+server = socket.socket(type=socket.SOCK_DGRAM)
+server.bind(("127.0.0.1", 53))
+while True:
+    asked, who = server.recvfrom(512)
+    found = {known} and asked[-3] == 1  # an IPv4 address
+    head = bytes.fromhex("8180 0001 0001 0000 0000" if found else "8180 0001 0000 0000 0000" if {known} else
+                         "8183 0001 0000 0000 0000")
+    record = bytes.fromhex("c00c 0001 0001 0000003c 0004 7f000001")
+    server.sendto(asked[:2] + head + asked[12:] + record * found, who)
+"""
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_name_server_that_comes_late_is_waited_for_and_named(known, tmp_path):
+    """N1, N3: no answer is no verdict; once it answers the name is used, or refused."""
+    (tmp_path / "server.py").write_text(NAME_SERVER.format(sleep=4, known=known))
+    said, seconds = meeting(tmp_path, "main.example", "python $0/server.py &", "dns", NODE_WAIT=30)
+    for words in said:
+        assert words.count("waiting: no name server answers for MAIN_NODE_IP=main.example (Temporary failure") == 1
+        end = "TOTAL_GPUS is 4 at 127.0.0.1" if known else "MAIN_NODE_IP=main.example cannot be found"
+        assert f"launch.py: {end}" in words, words
+    assert 4 < seconds < 15
+
+
+def test_without_a_name_server_both_give_up_after_node_wait(tmp_path):
+    """N1, N3: with the cause, and what needs no name server."""
+    said, _ = meeting(tmp_path, "main.example", lookups="dns", NODE_WAIT=3)
+    for words in said:
+        assert "given up after NODE_WAIT=3 s: no name server answers for MAIN_NODE_IP=main.example" in words, words
+        assert "an address needs none" in words, words
 
 
 KILLED, GONE = r"launch.py: node{0}: rank {0} ended with signal 9", r"connection to machine {0} \(node{0}\) is lost"
@@ -471,6 +585,75 @@ def test_wrong_settings_are_said_at_once(case, tmp_path):
     assert done.status == 2 and done.out == "" and time.time() - began < 2
     assert done.err.startswith(f"launch.py: {words}") or words in done.err, done.err
     assert done.err.count("\n") == 1, done.err
+
+
+def together(*nodes):
+    """Wait for nodes of node(). Returns: status, stdout and stderr of each."""
+    with ThreadPoolExecutor(len(nodes)) as pool:
+        said = [*pool.map(lambda process: process.communicate(timeout=60), nodes)]
+    return [(process.returncode, *words) for process, words in zip(nodes, said, strict=True)]
+
+
+def test_two_runs_on_one_port_end_in_a_sentence_each(tmp_path):
+    """N1, N3: the port of a run that waits is taken; a machine of the other run is known by its OUTPUT_DIR."""
+    one, other = ({"MAIN_PORT": free_port(), "TOTAL_GPUS": 2, "OUTPUT_DIR": tmp_path / "one", "NODE_WAIT": 30},
+                  {"TOTAL_GPUS": 2, "OUTPUT_DIR": tmp_path / "other"})  # fmt: skip
+    first = node(0, [], **one)
+    while " waiting: rank 1 has not come" not in first.stderr.readline():
+        assert first.poll() is None
+    ((status, _, said),) = together(node(0, [], **one | other))
+    assert status == 2 and f"launch.py: MAIN_PORT={one['MAIN_PORT']} cannot be used here (Address already in use)" in said
+    for status, _, said in together(first, node(1, [], **one | other)):
+        assert status == 2 and f"OUTPUT_DIR is {tmp_path}/other at 127.0.0.1 and {tmp_path}/one on the main" in said, said
+
+
+@pytest.mark.parametrize("total", [1, 2])
+def test_missing_packages_are_said_before_the_others_are_waited_for(total, tmp_path):
+    """N1: a Python without packages: both scripts end in a fraction of a second, also the one that has no meeting."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "bare"], check=True)
+    (tmp_path / "tools").mkdir()
+    for name in ("multinode_train.sh", "run_node0.sh", "run_node1.sh", "tools/launch.py", "main.py"):
+        shutil.copy(ROOT / name, tmp_path / name)
+    env = {"PATH": f"{tmp_path}/bare/bin:{PATH}", "OUTPUT_DIR": str(tmp_path), "TOTAL_GPUS": str(total),
+           "NUM_MACHINES": str(total), "MAIN_NODE_IP": "127.0.0.1", "MAIN_PORT": str(free_port())}  # fmt: skip
+    for rank in range(total):
+        began = time.time()
+        done = launch("bash", tmp_path / f"run_node{rank}.sh", env=env)
+        assert done.status == 2 and done.out == "" and time.time() - began < 2, done
+        assert done.err == (f"launch.py: {tmp_path}/bare/bin/python lacks torch, accelerate, transformers, datasets: "
+                            "bash verify_setup.sh says how to install them\n")  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("broken", [[0], [1], [0, 1]])
+def test_a_torch_that_cannot_be_loaded_ends_both_machines_at_once(broken, no_torch, tmp_path):
+    """N1, C5: half an installation, on one of them or on both: they meet once more, and each says it; no traceback."""
+    settings = {"MAIN_PORT": free_port(), "TOTAL_GPUS": 2, "OUTPUT_DIR": tmp_path, "MAX_RETRIES": 2}
+    nodes = [node(rank, [], **settings | (no_torch if rank in broken else {})) for rank in (0, 1)]
+    both = "PyTorch or accelerate is broken (libcudart.so.13: cannot open shared object file): bash verify_setup.sh"
+    main, other = ("broken" if rank in broken else "sound" for rank in (0, 1))
+    for status, _, said in together(*nodes):
+        assert status == 2 and "Traceback" not in said, said
+        words = f"PyTorch is {other}.* at 127.0.0.1 and {main}.* on the main machine" if len(broken) == 1 else both
+        assert re.search(words if len(broken) == 1 else re.escape(words), said), said
+
+
+def launched(machines, port, folder):
+    """What train() returns for a main machine whose port is taken behind the meeting."""
+    os.environ |= {"CUDA_VISIBLE_DEVICES": "", "ACCELERATE_USE_CPU": "true"}
+    launcher.MACHINES, launcher.TOTAL, launcher.PORT, launcher.PLACE = machines, 2, port, f"127.0.0.1:{port}"
+    return launcher.train(launcher.Watch({}, 9), ["--output_dir", str(folder)])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("machines, address", [(2, "127.0.0.1"), (2, "127.0.0.2"), (1, "127.0.0.2")])
+def test_a_port_that_is_taken_behind_the_meeting_ends_in_a_sentence(machines, address, tmp_path, capfd):
+    """B10, N3: accelerate sees a program on localhost, torch's store one at any address; MAX_RETRIES tries again."""
+    with socket.create_server((address, 0)) as server:
+        status, words, lost = in_child(launched, machines, server.getsockname()[1], tmp_path)
+    said = capfd.readouterr().err
+    assert status == 1 and not lost and re.search("EADDRINUSE|another process is utilizing it", words), words
+    assert f"launch.py: {words}" in said and "Traceback" not in said, said
 
 
 TRY = f"""

@@ -27,6 +27,8 @@ from helpers import (
     free_port,
     in_child,
     need,
+    plain_user,
+    refused,
     run,
 )
 from hub import StubHub
@@ -195,9 +197,22 @@ def test_versions_are_compared_with_requirements(no_torch, tmp_path):
     command = f"pip install -r {tmp_path}/requirements.txt"
     expect(done, "transformers", "FAIL", "older", "~=99.1.0", command)
     expect(done, "datasets", "WARN", "newer", "==1.0", command)
-    expect(done, "no-such-package-here", "FAIL", "not installed", command)
+    expect(done, "packages", "FAIL", "not installed: no-such-package-here==1 -> ", command)
     expect(done, "torch", "PASS")
     assert "accelerate" not in done.checks
+
+
+def test_on_a_fresh_machine_all_missing_packages_are_one_line_with_the_command_once(tmp_path):
+    """V3, V6: a Python without packages; the other lines are still there."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / ".venv"], check=True)
+    done = verify(env={"OUTPUT_DIR": tmp_path}, script=edited(tmp_path))
+    names = re.findall(r"^[a-z]\S*", (ROOT / "requirements.txt").read_text(), re.M)
+    assert len(names) == 5 and done.status == 1
+    expect(done, "packages", "FAIL", f"not installed: {', '.join(names)} -> {tmp_path}/.venv/bin/python -m pip install")
+    expect(done, "PyTorch", "FAIL", "No module named 'torch' -> see the line packages")
+    assert str(done.checks).count("pip install") == 1 and not {re.split("[=~]", name)[0] for name in names} & {*done.checks}
+    for name in ("Python", "output directory", "main port", "addresses"):
+        expect(done, name, "PASS")
 
 
 # ── GPUs ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -375,11 +390,13 @@ def test_another_main_node_is_knocked_at(no_torch, tiny, tmp_path):
         unshare --net sleep 60 & other="nsenter --net --target $!"
         until [ "$(readlink /proc/$!/ns/net)" != "$(readlink /proc/$$/ns/net)" ]; do sleep 0.02; done
         ip link add eth0 type veth peer name peer netns $!
-        ip addr add 10.77.0.1/24 dev eth0; ip link set eth0 up
-        $other ip addr add 10.77.0.2/24 dev peer; $other ip link set peer up
-        $other python -m http.server --bind 10.77.0.2 29511 >/dev/null 2>&1 &
+        ip addr add 10.77.0.1/24 dev eth0; ip addr add fd00:77::1/64 dev eth0 nodad; ip link set eth0 up
+        $other ip addr add 10.77.0.2/24 dev peer; $other ip addr add fd00:77::2/64 dev peer nodad
+        $other ip link set peer up
+        $other python -m http.server --bind :: 29511 >/dev/null 2>&1 &
         until (: </dev/tcp/10.77.0.2/29511) 2>/dev/null; do sleep 0.1; done
-        for where in 10.77.0.1:29511 10.77.0.2:29511 10.77.0.2:29512 10.77.0.3:29511 nowhere.invalid:1; do
+        for where in 10.77.0.1:29511 10.77.0.2:29511 10.77.0.2:29512 10.77.0.3:29511 nowhere.invalid:1 fd00:77::1:29511 \\
+            [fd00:77::1]:29511 fd00:77::2:29511 [fd00:77::2]:29512 fd00:77::3:29511 ::1:29511 fe80::1%eth0:1 0.0.0.0:1; do
             MAIN_NODE_IP=${where%:*} MAIN_PORT=${where#*:} "$@" >"$0/$where"
         done
         kill $(jobs -p)
@@ -392,12 +409,21 @@ def test_another_main_node_is_knocked_at(no_torch, tiny, tmp_path):
         "10.77.0.2:29512": ("main node", "PASS", "nothing listens on port 29512 yet"),
         "10.77.0.3:29511": ("main node", "FAIL", "not reachable"),
         "nowhere.invalid:1": ("main node", "FAIL", "cannot be resolved"),
+        "fd00:77::1:29511": ("main node", "PASS", "fd00:77::1 is this machine"),
+        "[fd00:77::1]:29511": ("main port", "PASS", "free"),
+        "fd00:77::2:29511": ("main node", "PASS", "answers"),
+        "[fd00:77::2]:29512": ("main node", "PASS", "nothing listens on port 29512 yet"),
+        "fd00:77::3:29511": ("main node", "FAIL", "not reachable"),
+        "::1:29511": ("main node", "WARN", "::1 is loopback"),
+        "fe80::1%eth0:1": ("main node", "FAIL", "torch reaches no other machine"),
+        "0.0.0.0:1": ("main node", "FAIL", "torch reaches no other machine"),
     }
+    here = ("10.77.0.1:29511", "fd00:77::1:29511", "[fd00:77::1]:29511", "::1:29511")
     for where, (name, status, words) in wanted.items():
         rows = read((tmp_path / where).read_text())
         assert rows[name][-1][0] == status and words in rows[name][-1][1], rows[name]
-        assert ("main port" in rows) == (where == "10.77.0.1:29511")
-        assert "eth0 10.77.0.1" in rows["addresses"][0][1]
+        assert ("main port" in rows) == (where in here)
+        assert "eth0 10.77.0.1, eth0 fd00:77::1" in rows["addresses"][0][1]
 
 
 SETTINGS = {  # case: settings, (check, words)
@@ -467,6 +493,8 @@ def spoil(case, tiny, folder):
         (folder / "config.json").rename(folder / "adapter_config.json")
     elif case == "an adapter beside its base":
         (folder / "adapter_config.json").write_text("{}")
+    elif case == "half of the weights":
+        os.truncate(folder / "model.safetensors", (folder / "model.safetensors").stat().st_size // 2)
     elif case != "sound":
         in_child(save_model, case, folder)
     return folder
@@ -477,13 +505,15 @@ def save_model(case, folder):
     import transformers
 
     size = {"vocab_size": 384, "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    names = {"a BERT": "Bert", "no sdpa": "Bloom", "a head of its own": "Phi", "a softcap": "Gemma2", "a T5": "T5"}
+    names = {"a BERT": "Bert", "no sdpa": "Bloom", "a head of its own": "Phi", "a softcap": "Gemma2", "a T5": "T5",
+             "experts": "Mixtral"}  # fmt: skip
     if case == "a shard is missing":
         transformers.AutoModelForCausalLM.from_pretrained(folder).save_pretrained(folder, max_shard_size="200KB")
         (folder / "model.safetensors").unlink()
         (folder / "model-00002-of-00002.safetensors").unlink()
         return
-    more = {"num_key_value_heads": 1, "head_dim": 16} if case == "a softcap" else {}
+    more = {"a softcap": {"num_key_value_heads": 1, "head_dim": 16},
+            "experts": {"num_key_value_heads": 1, "num_local_experts": 4, "output_router_logits": True}}.get(case, {})
     config = getattr(transformers, f"{names[case]}Config")(**size, **more)
     kind = {"a BERT": "BertForMaskedLM", "a T5": "T5ForConditionalGeneration"}.get(case, f"{names[case]}ForCausalLM")
     getattr(transformers, kind)(config).save_pretrained(folder)
@@ -494,6 +524,8 @@ DIRECTORIES = {  # case: status and words of the line "model"
     "no sdpa": ("PASS", "eager attention"),
     "a head of its own": ("WARN", "the chunked loss is not used", "holds all logits"),
     "a softcap": ("PASS", "eager attention"),
+    "experts": ("WARN", "the chunked loss is not used", "a part for its experts"),
+    "half of the weights": ("FAIL", "cannot be loaded; if damaged, download or save it anew", "incomplete metadata"),
     "not there": ("FAIL", "/nowhere: no such directory"),
     "no tokenizer": ("FAIL", "tokenizer.json"),
     "a shard is missing": ("FAIL", "model-00002-of-00002.safetensors"),
@@ -518,6 +550,18 @@ def test_the_verdict_on_a_model_is_that_of_main_py(case, words, hub, tiny, tmp_p
     done = run(*flags, "--model_name_or_path", model, "--output_dir", tmp_path / "out", "--report_to", "none")
     assert (done.status == 2) == (words[0] == "FAIL"), done.err
     assert done.err.partition("main.py: error: ")[2].strip() in finding.found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+def test_a_model_that_may_not_be_read_fails_for_a_plain_user(file, tiny, tmp_path):
+    """V4, F1: permissions count, also when root runs the tests; main.py says the same."""
+    model = shutil.copytree(tiny, tmp_path / "model")
+    (model / file).chmod(0)
+    done = verify("--model", model, env={"OUTPUT_DIR": tmp_path}, before=ORDINARY)
+    expect(done, "model", "FAIL", f"{model} cannot be read: no permission for {file}", "chmod +r")
+    said = plain_user("--model_name_or_path", model, "--train_file", ROOT / "README.md", "--output_dir", tmp_path / "o")
+    assert refused(said, f"no permission for {file}") in done.checks["model"][0][1]
 
 
 def made(folder):

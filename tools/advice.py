@@ -4,7 +4,9 @@ main.py knows what is right, and asks here once something is wrong, or might be:
 Each function takes facts and returns words, or "" where it knows nothing better than main.py does by itself. Nothing
 here changes what is trained: without this file main.py trains the same, and ends with shorter sentences, or later.
 """
+import difflib  # the nearest name
 import gzip  # looks into .gz files
+import itertools  # numbers for names of new files
 import json  # objects that span lines
 import os  # permissions, the environment
 import re  # libraries' errors are known by their words
@@ -12,6 +14,7 @@ import runpy  # reads foreign_flags.py
 import shlex  # quotes paths for the shell
 import shutil  # free space
 import traceback  # errors with all their causes
+import unicodedata  # kinds of letters
 from contextlib import suppress  # what cannot be read here is left to main.py
 from importlib.metadata import distributions  # which flash-attn is installed
 from types import SimpleNamespace  # arguments with changes
@@ -22,13 +25,24 @@ def in_one_line(error):  # → str: kind and words of an error and all its cause
     return " ".join(" ".join(traceback.format_exception(error, limit=0)).split())  # without line breaks
 def is_gzip(path):  # by its name, as main.py tells it
     return path.lower().endswith(".gz")  # .GZ, too
+def nearest(name, names):  # → " (did you mean 'text'?)", or "" if none of names is similar
+    known = {other.lower(): other for other in names}  # TEXT is near to text
+    close = difflib.get_close_matches(name.lower(), known, n=1)  # the nearest one, if at least 0.6 similar
+    return f" (did you mean {known[close[0]]!r}?)" if close else ""  # goes behind the wrong name
+def shell(path):  # → a path as it is typed
+    return shlex.quote(f"./{path}" if path.startswith("-") else path)  # no command takes it for an option
+def fresh(path, ending=""):  # → the name of a new file in the current directory, made from that of a path
+    stem, kind = os.path.splitext(re.sub(r"\.gz$", "", os.path.basename(path), flags=re.I))  # without .gz
+    counts = map(str, itertools.count(1))  # "1", "2" and so on
+    names = (f"new{count}-{stem.lstrip('-')}{ending or kind}" for count in counts)  # the first that is free
+    return shell(next(name for name in names if not os.path.lexists(name)))  # nothing is written over
 
 # ── The call ───────────────────────────────────────────────────────────────────────────────────────
-def flag(name):  # name (str): an unknown flag, such as --block_size or LitGPT's --train.micro_batch_size
-    """Return ": " and what does here what the flag does in another trainer, or ""."""
+def flag(name, known):  # name (str): an unknown flag, such as --block_size or LitGPT's --train.micro_batch_size
+    """Return ": " and what does here what the flag does in another trainer, or the nearest of the known flags."""
     table = runpy.run_path(os.path.join(os.path.dirname(__file__), "foreign_flags.py"))["FOREIGN"]  # 260 flags
     words = table.get("--" + name.lower().lstrip("-").rpartition(".")[2])  # None for a misspelt flag
-    return f": {words}" if words else ""  # main.py names the nearest flag instead
+    return f": {words}" if words else nearest(name, known)  # "" if none is near
 
 def call(args, say):  # args: Namespace of parse_args(); say (function): prints a line
     """Return what is wrong with a call, or "": what would fail after minutes, or be ignored. Say what is odd."""
@@ -46,6 +60,10 @@ def call(args, say):  # args: Namespace of parse_args(); say (function): prints 
          "--use_flash_attention needs flash-attn 2: pip install flash-attn --no-build-isolation"),
         (args.ddp_backend and os.environ.get("WORLD_SIZE", "1") == "1",  # torch would miss the others
          "--ddp_backend is for several processes: leave it out, or start them with accelerate launch"),
+        (args.dataset_config_name and not args.dataset_name,  # files have no configurations
+         "--dataset_config_name is for --dataset_name: leave it out"),
+        (args.text_column != "text" and files and len(documents) == len(files),  # no file has columns
+         "--text_column is for files with columns; .txt and .md have none: leave it out"),
         (args.seed >= 2**32, f"--seed {args.seed} is too large: choose one below {2**32:,}"),  # numpy takes 32 bits
         ("--sample_by" in args.given and not (documents or os.path.isdir(folder)),  # no document is there
          "--sample_by is for .txt and .md files; of this data each row is a text: leave it out"),
@@ -153,156 +171,300 @@ def plan(args, chunks, a_pass, a_step, steps, warmup, world, size):  # numbers o
 
 # ── Files ──────────────────────────────────────────────────────────────────────────────────────────
 PICTURE = "is a picture, which holds no text: leave it out"  # of any kind
-SIGNATURES = {  # first bytes of a file → what it is, and how its text is had
-    b"\x1f\x8b": "is gzip data: give its name the ending .gz",  # perhaps by rename
+SIGNATURES = {  # first bytes of a file → what it is, and how its text is had; {path}, {new}: for a command
     b"PK\x03\x04": "is a zip archive (.docx and .xlsx are, too): unpack it, or save its text, or CSV",  # of office
-    b"%PDF": "is a PDF: get its text out first, for example with pdftotext",  # of poppler-utils
-    b"(\xb5/\xfd": "is zstd data: unpack it with zstd -d",  # .zst
-    b"BZh": "is bzip2 data: unpack it with bunzip2",  # .bz2
-    b"\xfd7zXZ": "is xz data: unpack it with unxz",  # .xz
+    b"%PDF": "is a PDF: get its text out first, for example with pdftotext {path} {new}",  # of poppler-utils
+    b"(\xb5/\xfd": "is zstd data: unpack it with zstd -dc {path} > {new}",  # .zst
+    b"BZh": "is bzip2 data: unpack it with bzip2 -dc {path} > {new}",  # .bz2
+    b"\xfd7zXZ": "is xz data: unpack it with xz -dc {path} > {new}",  # .xz
     b"7z\xbc\xaf": "is a 7z archive: unpack it",  # .7z
     b"Rar!": "is a RAR archive: unpack it",  # .rar
     b"ARROW1": "is an Arrow file: save its table as parquet, or give --dataset_name the data set it belongs to",  # IPC
+    b"\xff\xff\xff\xff": "is an Arrow stream: give --dataset_name the folder that save_to_disk made",  # of datasets
     b"SQLite format": "is a database: export the text as CSV, for example with sqlite3 -csv -header",  # .db
     b"{\\rtf": "is an RTF document: save it as plain text",  # of a word processor
     b"\xd0\xcf\x11\xe0": "is an old Office document: save it as plain text or CSV",  # .doc, .xls
     b"\x89PNG": PICTURE, b"\xff\xd8\xff": PICTURE, b"GIF8": PICTURE,  # .png, .jpg, .gif
     b"\x7fELF": "is a program, which holds no text: leave it out",  # for Linux
     b"version https://git-lfs": "is a pointer of Git LFS, not the data: run git lfs pull where it comes from"}  # a stub
+UTF = {"utf-32-le": "UTF-32LE", "utf-32-be": "UTF-32BE", "utf-16-le": "UTF-16LE", "utf-16-be": "UTF-16BE"}  # for iconv
+MARKS = {b"\xff\xfe\0\0": "utf-32-le", b"\0\0\xfe\xff": "utf-32-be",  # beginnings of marked text
+         b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}  # behind those of four bytes
 
-def file(flag, path, endings):  # path (str) of a file of any name; endings: known ones
-    """Return the sentence on a file that cannot be read as text, or ""."""
-    fault = unreadable(path) or strange(path) or unknown(path, endings)  # strange() may already look inside
-    return f"{flag} {path} {fault}" if fault else ""  # "": main.py reads it
+def absent(path):  # path (str): of no file that can be seen
+    """Return why, and the name of a neighbour that may be meant."""
+    with suppress(FileNotFoundError, NotADirectoryError):  # the usual case
+        try:  # the folder above may be closed
+            os.lstat(path)  # does not follow a link
+        except PermissionError as error:  # of another user
+            return f"cannot be read: no permission for a folder above it ({error.strerror})"  # it may be there
+    return "no such file" + nearest(path, neighbours(path))  # a misspelt name
+
+def neighbours(path):  # → paths of the files beside path
+    folder = os.path.dirname(path)  # "" for the current directory
+    with suppress(OSError):  # there may be no such folder
+        return [os.path.join(folder, name) for name in os.listdir(folder or ".")]  # written as path is
+    return []  # nothing is near
+
+def folder(flag, path):  # path (str): of a directory that holds files to read
+    """Return the sentence on a folder that must not be read file by file, or ""."""
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):  # of datasets
+        return f"{flag} {path} is a data set that save_to_disk made: give it to --dataset_name"  # Arrow
+    faults = []  # of folders below
+    for _ in os.walk(path, onerror=faults.append, followlinks=True):  # a loop of links is an error, too
+        pass  # os.walk itself would leave out what it cannot read
+    return f"{flag} {faults[0].filename} cannot be read: {faults[0].strerror}" if faults else ""  # no permission, say
+
+def file(flag, paths, endings):  # paths (list of str): of files of any name; endings: known ones
+    """Return the sentence on the first file that cannot be read as text, or ""."""
+    for path in paths:  # in their order
+        fault = unreadable(path) or strange(path) or unknown(path, endings)  # strange() may already look inside
+        if fault:  # the first one is enough
+            return f"{flag} {path} {fault}"  # what it is, and what to do
+    return ""  # main.py reads them
 
 def unreadable(path):  # → what is wrong with a file, whatever it holds, or ""
-    if not os.path.exists(path):  # glob finds it, open() does not
+    try:  # os.path.exists() would tell no reasons
+        os.stat(path)  # follows links
+    except FileNotFoundError:  # glob finds a link, open() does not
         return f"is a link to {os.path.realpath(path)}, which is not there: give the file itself"  # moved, or removed
+    except OSError as error:  # a closed folder, a loop of links
+        return f"cannot be read: {error.strerror}"  # in Linux's words
     if not os.path.isfile(path):  # such as <(zcat …) of a shell
         return "is a pipe or a device, which can be read only once: write its content into a file first"  # read twice
     if not os.access(path, os.R_OK):  # of another user
         return "cannot be read: no permission to read it (try chmod +r)"  # or ask its owner
     return "" if os.path.getsize(path) else "is empty: look how it was made"  # often a failed export
 
-def strange(path):  # → what a file holds that is no text in UTF-8, by its first bytes, or ""
-    head = head_of(path)  # up to 4 kB, b"" where it cannot be unpacked
-    parquet = path.lower().endswith(".parquet")  # the one known kind that is no text
-    if parquet and not head.startswith(b"PAR1"):  # a CSV that was renamed
-        return "is no parquet file: give it the ending of what it holds"  # such as .csv
-    if head.startswith(b"PAR1") and not parquet:  # of any writer
-        way = "unpack it with gunzip" if is_gzip(path) else "give its name the ending .parquet"  # Arrow unpacks none
-        return f"is a parquet file: {way}"  # whatever its name says
-    if head[257:262] == b"ustar":  # also in a .tar.gz
-        return "is a tar archive: unpack it with tar -xf, and give the folder"  # all files in it are read
-    for start, words in SIGNATURES.items():  # the first that fits
-        if head.startswith(start) and not parquet:  # whatever the name says
-            return words  # what it is, and what to do
-    wide = wide_encoding(head)  # as Windows writes text
-    return f"is {wide.upper()}: convert it with {to_utf8(wide, path)}" if wide else ""  # "": text, as it seems
-
-def head_of(path):  # → bytes: the beginning of a file, unpacked if its name says that it is gzipped
+def head_of(path, unpack=True):  # → bytes: the beginning of a file, unpacked if its name says that it is gzipped
     with suppress(OSError, EOFError, gzip.zlib.error):  # main.py says why, when it reads the file
-        with (gzip.open if is_gzip(path) else open)(path, "rb") as source:  # both read the same way
+        with (gzip.open if unpack and is_gzip(path) else open)(path, "rb") as source:  # both read the same way
             return source.read(HEAD)  # may be shorter
     return b""  # nothing is known
 
+def strange(path):  # → what a file holds that is no text in UTF-8, by its first bytes, or ""
+    raw, head = head_of(path, unpack=False), head_of(path)  # up to 4 kB each; head: b"" where it cannot be unpacked
+    packed = raw.startswith(b"\x1f\x8b")  # gzip
+    if packed and not is_gzip(path):  # perhaps renamed
+        inner = gzip_head(path)  # of what is packed
+        if inner[257:262] == b"ustar":  # a .tgz
+            return f"is a packed tar archive: unpack it with tar -xzf {shell(path)}, and give the folder"  # of files
+        return f"is gzip data: give it a name that says so, with mv {shell(path)} {shell(path + '.gz')}"  # no more
+    if is_gzip(path) and not packed:  # plain text, or a stub of Git LFS
+        head = raw  # looked into as it is
+    for start, words in SIGNATURES.items():  # the first that fits, whatever the name says
+        if head.startswith(start):  # at its very beginning
+            return words.format(path=shell(path), new=fresh(path, ".txt" if start == b"%PDF" else ""))  # what to do
+    if head.startswith(b"\x1f\x8b"):  # in a .gz
+        return f"is gzipped twice: unpack it once, with zcat {shell(path)} > {fresh(path + '.gz')}"  # still a .gz
+    if is_gzip(path) and not packed:  # the name is wrong
+        return "is no gzip data: take .gz off its name"  # or pack it
+    if head[257:262] == b"ustar":  # also in a .tar.gz
+        return f"is a tar archive: unpack it with tar -xf {shell(path)}, and give the folder"  # all of it
+    parquet = path.lower().endswith(".parquet")  # the one known kind that is no text
+    if parquet != head.startswith(b"PAR1"):  # a CSV that was renamed, or a parquet file that was
+        way = "unpack it with gunzip" if is_gzip(path) else "give its name the ending .parquet"  # Arrow unpacks none
+        if parquet:  # by its name alone
+            way = "give it the ending of what it holds"  # such as .csv
+        return f"is {'no' if parquet else 'a'} parquet file: {way}"  # whatever its name says
+    if re.search(rb"\x1b(\$[@B]|\([BJ])", head):  # escapes between Latin and Japanese letters
+        return f"is ISO-2022-JP: convert it with {to_utf8('ISO-2022-JP', path)}"  # of old mail
+    wide = "" if parquet else wide_encoding(head)  # as Windows writes text
+    return f"is {UTF[wide]}: convert it with {to_utf8(UTF[wide], path)}" if wide else ""  # "": text, as it seems
+
+def gzip_head(path):  # → bytes: the beginning of what a gzip file of any name holds
+    with suppress(OSError, EOFError, gzip.zlib.error), gzip.open(path, "rb") as source:  # may be damaged
+        return source.read(HEAD)  # unpacked
+    return b""  # nothing is known
+
 def wide_encoding(head):  # → "utf-16-le" and the like for text of two or four bytes a letter, else ""
-    names = ("utf-32-le", "utf-32-be", "utf-16-le", "utf-16-be")  # with or without a mark at the beginning
+    for mark, name in MARKS.items():  # the longer ones first
+        if head.startswith(mark):  # no other text begins so
+            return name  # whatever follows
     whole = head[:len(head) // 4 * 4]  # of whole letters in all four
-    texts = {name: whole.decode(name, "replace")[:-1].lstrip("\ufeff") for name in names}  # the right one, and junk
-    plain = {name: len(re.findall(r"[ -~\n]", text)) for name, text in texts.items()}  # spaces are in any text
-    best = max(names, key=plain.get)  # for English all its letters are plain
-    sound = all(letter.isprintable() or letter.isspace() for letter in texts[best])  # binary data is not
-    utf8 = len(head.decode("utf-8", "ignore").encode()) > len(head) - 4  # the last letter may be cut in two
+    texts = {name: whole.decode(name, "replace")[:-1] for name in UTF}  # the right one, and junk
+    sound = {name: text for name, text in texts.items() if not re.search("\ufffd|\0", text) and all(  # no junk
+        letter.isspace() or unicodedata.category(letter) not in ("Cc", "Cn", "Cs") for letter in text)}  # no control
+    plain = {name: len(re.findall(r"[ -~\n]", text)) for name, text in sound.items()}  # spaces are in any text
     control = len(re.findall(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head))  # half of all bytes in English and Russian
-    marked = head.startswith((b"\xff\xfe", b"\xfe\xff", b"\0\0\xfe\xff"))  # as no UTF-8 begins
-    wide = marked or (b"\0" in head and (control > len(head) / 4 or not utf8))  # a stray NUL makes no UTF-16
-    return best if wide and sound and plain[best] else ""  # a name for iconv
+    utf8 = len(head.decode("utf-8", "ignore").encode()) > len(head) - 4  # the last letter may be cut in two
+    wide = b"\0" in head and (control > len(head) / 4 or not utf8)  # a stray NUL makes no UTF-16
+    best = max(plain, key=plain.get, default="")  # for English all its letters are plain
+    return best if wide and plain.get(best) else ""  # "": bytes of something else
 
 def unknown(path, endings):  # → a way on for text whose name has none of the known endings, or ""
-    if os.path.splitext(path.lower().removesuffix(".gz"))[1] in endings:  # ".jsonl", also for x.jsonl.gz
+    stem, packed = (path[:-3], ".gz") if is_gzip(path) else (path, "")  # x.log.gz stays packed
+    if os.path.splitext(stem.lower())[1] in endings:  # ".jsonl", also for x.jsonl.gz
         return ""  # known
-    quoted = shlex.quote(path)  # may hold spaces
-    way = f"if it is plain text, give a copy with the ending .txt: cp {quoted} {quoted}.txt"  # code, logs, TeX
-    if re.search(r"\.(html?|xml|ya?ml)(\.gz)?$", path.lower()):  # text between marks
+    if head_of(path).lstrip(b"\xef\xbb\xbf \r\n\t")[:1] in (b"{", b"["):  # .ndjson, .jsonlines, part-00000
+        way = f"if it is JSON, name a copy so: cp {shell(path)} {shell(stem + '.jsonl' + packed)}"  # rows
+    elif re.search(r"\.(html?|xml|ya?ml)$", stem.lower()):  # text between marks
         way = "get the text out of it, as one .txt file or as rows of .jsonl with a field text"  # nothing else helps
+    else:  # code, logs, TeX
+        way = f"if it is plain text, name a copy so: cp {shell(path)} {shell(stem + '.txt' + packed)}"  # as one text
     return f"has none of the known endings {' '.join(endings)}, also with .gz: {way}"  # perhaps a typo
 
 def to_utf8(name, path):  # name (str): of an encoding → a command, and what to do with its result
-    quoted = shlex.quote(path)  # may hold spaces
-    new = shlex.quote("utf8-" + re.sub(r"\.gz$", "", os.path.basename(path), flags=re.I))  # in the current directory
-    source = f"iconv -f {name} -t utf-8 {quoted}"  # a program of every Linux
+    new = fresh(path)  # keeps its ending
+    source = f"iconv -f {name} -t utf-8 {shell(path)}"  # a program of every Linux
     if is_gzip(path):  # iconv does not unpack
-        source = f"zcat {quoted} | iconv -f {name} -t utf-8"  # can be pasted
-    return f"{source} > {new}, and give {new}"  # keeps its ending
+        source = f"zcat {shell(path)} | iconv -f {name} -t utf-8"  # can be pasted
+    return f"{source} > {new}, and give {new}"  # in the current directory
 
-def encoding(path, part, at):  # part (bytes) of a file, whose byte at (int) is no UTF-8
-    """Return how to convert such a file. Only Windows-1252 is named, with an excerpt for the reader to judge."""
-    start = part.rfind(b"\n", 0, at) + 1  # of the line that has the byte
-    line = part[start:].partition(b"\n")[0]  # to its end
-    high = re.findall(rb"[\x80-\xff]", line)  # bytes that are no ASCII
-    pairs = re.findall(rb"[\x80-\xff]{2}", line)  # side by side, as in Chinese, Japanese, Russian
-    if re.search(rb"[\x80-\x9f]", line) and len(pairs) * 4 < len(high):  # quotes, dashes and euros of Windows
+def nul(path):  # of a file that holds NUL characters
+    """Return the rest of the sentence "FILE, line N, column M: a NUL…"."""
+    head = head_of(path)  # up to 4 kB
+    if len(re.findall(rb"[\x00-\x08\x0e-\x1a\x1c-\x1f]", head)) * 10 > len(head):  # a picture, UTF-16 of a rare kind
+        return ", and much else that is no text in UTF-8: find out what it is, and make UTF-8 of it"  # or leave it out
+    new = fresh(path)  # without NULs
+    way = f"tr -d '\\000' < {shell(path)} > {new}"  # all of them
+    if is_gzip(path):  # tr would break the archive
+        way = f"zcat {shell(path)} | tr -d '\\000' > {new}"  # can be pasted
+    return f" character, which is no text: remove it with {way}, and give {new}"  # from one place or several
+
+def encoding(path, error):  # error (UnicodeDecodeError): of a part of a file that is no UTF-8
+    """Return how to convert such a file. Only Windows-1252 is named, with all its letters for the reader to judge."""
+    if error.reason == "unexpected end of data":  # a copy, or a download, that was stopped
+        return "the file ends within a letter: it was cut short; copy it anew"  # iconv would not help
+    with (gzip.open if is_gzip(path) else open)(path, "rb") as source:  # an error is rare
+        text = source.read(10_000_000)  # bytes: enough to see its letters
+    high = re.findall(rb"[\x80-\xff]", text)  # bytes that are no ASCII
+    pairs = re.findall(rb"[\x80-\xff]{2}", text)  # side by side, as in Chinese, Japanese, Russian
+    if re.search(rb"[\x80-\x9f]", text) and len(pairs) * 4 < len(high):  # quotes, dashes and euros of Windows
         with suppress(UnicodeDecodeError):  # five bytes stand for nothing
-            words = line[max(0, at - start - 20):at - start + 20].decode("cp1252").strip()  # around the byte
-            return (f"read as Windows-1252 it says {words!r}: if that is right, convert it with "  # else it is not
-                    f"{to_utf8('cp1252', path)}; if not, find out its encoding")
-    return ("find out its encoding (whoever wrote it knows, file -i guesses), and convert it with "  # no guess here
-            f"{to_utf8('ENCODING', path)}")
+            letters = " ".join(sorted(set(b"".join(high).decode("cp1252")), key=ord, reverse=True)[:40])  # each once
+            start = max(0, text.rfind(b"\n", 0, text.index(high[0])) + 1, text.index(high[0]) - 30)  # of an excerpt
+            words = text[start:start + 60].partition(b"\n")[0].decode("cp1252").strip()  # some letters in their words
+            return (f"read as Windows-1252 its letters beyond ASCII are {letters}, as in {words!r}: if all "  # to judge
+                    f"are right, convert it with {to_utf8('CP1252', path)}; if not, find out its encoding")  # or
+    return ("find out its encoding from whoever wrote it (a program can only guess), and convert it with "  # no guess
+            f"{to_utf8('ENCODING', path)}; read the result before you train: a wrong encoding gives wrong letters")
 
 # ── Rows and columns ───────────────────────────────────────────────────────────────────────────────
 CONVERSATIONS = (  # columns of questions and answers, as the data sets of the hub name them
     ("messages",), ("conversations",), ("prompt", "completion"), ("prompt", "response"), ("prompt", "chosen"),  # chats
     ("instruction", "input", "output"), ("instruction", "output"), ("instruction", "response"),  # Alpaca, Dolly
     ("question", "answer"), ("input", "output"))  # quizzes
+ANSWERS, ASKS = ("assistant", "gpt", "model"), ("user", "human", "system")  # roles
 TURN = (  # for jq: a turn as Gemma is used to it
     '"<start_of_turn>" + (if .{role} | test("^(assistant|gpt|model)$") then "model" else "user" end) '  # two roles
     '+ "\\n" + .{text} + "<end_of_turn>\\n"')
 
 def jq(program, path):  # program (str): for jq; path (str): .json or .jsonl, perhaps gzipped
-    """Return a command that writes rows.jsonl, and what to do with it. jq is a package of every Linux."""
-    program, quoted = shlex.quote(program), shlex.quote(path)  # for the shell
-    command = f"jq -c {program} {quoted}"  # -c: an object a line
+    """Return a command that writes a new file, and what to do with it. jq is a package of every Linux."""
+    new = fresh(path, ".jsonl")  # of a name that is free
+    command = f"jq -c {shlex.quote(program)} {shell(path)}"  # -c: an object a line
     if is_gzip(path):  # jq does not unpack
-        command = f"zcat {quoted} | jq -c {program}"  # the same
-    return f"{command} > rows.jsonl, and give rows.jsonl"  # can be pasted
+        command = f"zcat {shell(path)} | jq -c {shlex.quote(program)}"  # the same
+    return f"{command} > {new}, and give {new}"  # can be pasted
+
+def rows_of(path):  # → the rows of a .json or .jsonl file, of any layout; ValueError where it is broken
+    with (gzip.open if is_gzip(path) else open)(path, "rt", encoding="utf-8-sig") as source:  # an error is rare
+        text = source.read()  # whole: each row has to fit what is advised
+    at, rows, decoder = 0, [], json.JSONDecoder()  # at: where the next value begins
+    while at < len(text):  # one value after the other
+        at = re.compile(r"\s*").match(text, at).end()  # to the next one
+        if at < len(text):  # spaces may end the file
+            value, at = decoder.raw_decode(text, at)  # over several lines, or not
+            rows.append(value)  # an object, an array
+    return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows  # an array is taken apart
 
 def joined(row, names):  # row (dict); names: its columns → a program for jq, or "" where none would do
-    if all(isinstance(row[name], str) for name in names):  # question and answer
+    values = [row.get(name) for name in names]  # text, or lists of turns
+    if all(isinstance(value, str) for value in values):  # question and answer
         return "{text: (" + ' + "\\n" + '.join(f".{name}" for name in names) + ")}"  # on lines of their own
-    turns = row[names[0]]  # mostly a list
-    if isinstance(turns, list) and turns and all(isinstance(turn, dict) for turn in turns):  # of turns
+    if all(isinstance(value, list) and value for value in values):  # turns
+        turns = [turn for value in values for turn in value]  # of prompt and completion, too
         for role, text in (("role", "content"), ("from", "value")):  # of OpenAI, of ShareGPT
-            if all(isinstance(turn.get(key), str) for turn in turns for key in (role, text)):  # no pictures
-                return f"{{text: ([.{names[0]}[] | {TURN.format(role=role, text=text)}] | add)}}"  # turns end to end
+            known = [isinstance(turn, dict) and turn.get(role) in ANSWERS + ASKS  # no other speakers
+                     and isinstance(turn.get(text), str) for turn in turns]  # no pictures
+            if all(known):  # each turn can be written
+                lists = " + ".join(f".{name}" for name in names)  # one behind the other
+                return f"{{text: ([({lists})[] | {TURN.format(role=role, text=text)}] | add)}}"  # turns end to end
     return ""  # parts of messages, null
 
-def columns(row, path):  # row: dict of a JSON object, or a list of column names; path (str), "" for the hub
-    """Return how to get a text column out of conversations or nested rows, or ""."""
-    spoken = next((names for names in CONVERSATIONS if {*names} <= {*row}), None)  # the first that fits
-    reads = isinstance(row, dict) and re.search(r"\.jsonl?(\.gz)?$", path.lower())  # jq can read this file
-    each = ".[] | " * ((head_of(path) if reads else b"").lstrip(b"\xef\xbb\xbf \n\r\t")[:1] == b"[")  # of an array
-    if spoken:  # a chat, or questions and answers
-        program = joined(row, spoken) if reads else ""  # "" also for parts that are no text
-        way = f", for example with {jq(each + program, path)}" if program else ""  # keeps who speaks
-        return f"{' and '.join(spoken)} hold questions and answers: make one column 'text' of them{way}"  # or first
-    items = row.items() if reads else ()  # values are known of JSON alone
-    rows = [name for name, value in items if isinstance(value, list) and value and isinstance(value[0], dict)]  # lists
-    if rows:  # {"version": 1, "data": [{"text": …}, …]}
-        program = f"{each}.[{json.dumps(rows[0])}][]"  # any name is allowed in quotes
-        return f"the rows are a list in {rows[0]!r}: take them out with {jq(program, path)}"  # one a line
+def row(place, value, column, path):  # value: of a row that has no text in this column
+    """Return the sentence on such a row."""
+    if not isinstance(value, dict):  # a bare string, number or list
+        return f'{place}: {json.dumps(value)[:60]} is no JSON object; write {{"{column}": "..."}}'  # one a row
+    if column not in value:  # names may change from row to row
+        return columns(place, value, column, path)  # or nested rows, or a conversation
+    held = json.dumps(value[column], default=str)[:60]  # a number, a list, bytes
+    way = "choose another with --text_column, or write text there"  # either helps
+    return f"{place}: column {column!r} holds {held}, not text; {way}"  # what it holds, as JSON
+
+def columns(place, found, column, path):  # found: dict of a JSON object, or a list of column names; path: "" of the hub
+    """Return the sentence on a row, or a table, that lacks a column."""
+    names = [str(name) for name in found]  # a header's cells or an object's keys
+    reads = isinstance(found, dict) and re.search(r"\.jsonl?(\.gz)?$", path.lower())  # jq can read this file
+    way = conversation(found, path if reads else "") or separated(names, column)  # how to get a text column
+    if reads and not way:  # {"data": [rows]}
+        way = nested(path, column)  # or ""
+    near = "" if way else nearest(column, names)  # would mislead
+    way = way or "choose one with --text_column"  # the usual first mistake
+    return f"{place}: no column {column!r}{near}; columns: {', '.join(names) or 'none'}; {way}"  # all of them
+
+def conversation(found, path):  # path (str) of a file that jq can read, or ""
+    """Return how to make one text of questions and answers, or ""."""
+    spoken = next((names for names in CONVERSATIONS if {*names} <= {*found}), None)  # the first that fits
+    if not spoken:  # something else
+        return ""  # as a table of numbers
+    way = ""  # without a command
+    with suppress(OSError, EOFError, ValueError, RecursionError):  # a broken file has no command
+        rows = rows_of(path) if path else []  # all of them
+        programs = {joined(row, spoken) if isinstance(row, dict) else "" for row in rows}  # one, if all are alike
+        if len(programs) == 1 and "" not in programs:  # else rows would be lost
+            each = ".[] | " * (head_of(path).lstrip(b"\xef\xbb\xbf \n\r\t")[:1] == b"[")  # of an array
+            way = f", for example with {jq(each + programs.pop(), path)}"  # keeps who speaks
+    left = [name for name in found if name not in spoken]  # such as context, id
+    lost = f" ({', '.join(left)} would be left out)" * bool(left and way)  # nothing is silent
+    return f"{' and '.join(spoken)} hold questions and answers: make one column 'text' of them{way}{lost}"  # for now
+
+def nested(path, column):  # path (str) of a file that jq can read
+    """Return how to take rows out of the one object that a file holds, or ""."""
+    with suppress(OSError, EOFError, ValueError, RecursionError, AttributeError, IndexError):  # no rows of objects
+        rows = rows_of(path)  # mostly one: {"version": 1, "data": [{"text": …}, …]}
+        lists = {name: [row.get(name) for row in rows] for name in rows[0]}  # name → values of all objects
+        fits = {name: sum(values, []) for name, values in lists.items() if {*map(type, values)} == {list}}  # end to end
+        fits = {name: items for name, items in fits.items() if {*map(type, items)} == {dict}}  # lists of objects
+        known = [name for name, items in fits.items() if all(column in item for item in items)]  # those with the column
+        alone = sorted(fits, key=lambda name: -len(fits[name])) if len(rows) == 1 else []  # else lists belong to rows
+        for name in known + alone:  # the likeliest first
+            each = ".[] | " * (head_of(path).lstrip(b"\xef\xbb\xbf \n\r\t")[:1] == b"[")  # of an array
+            program = f"{each}.[{json.dumps(name)}][]"  # any name is allowed in quotes
+            return f"the rows are a list in {name!r}: take them out with {jq(program, path)}"  # one a line
     return ""  # main.py names --text_column
+
+def separated(names, column):  # names: those of a table that seems to have one column
+    """Return what stands between the columns of a table, or ""."""
+    found = len(names) == 1 and re.fullmatch(rf"(.*)({re.escape(column)})(.*)", names[0])  # 'id:text'
+    mark = (found[1][-1:] or found[3][:1]) if found else ""  # the letter beside the name
+    if not mark or mark.isalnum() or mark in "_- ":  # a longer name, such as text_en
+        return ""  # one column indeed
+    return f"columns seem to be separated by {mark!r}: separate them by commas, and put texts in quotes"  # CSV
 
 def layout(path, column):  # of a JSON file that has a line which is no JSON
     """Return what to do with objects that span lines, or "" if the file is broken in another way."""
     with suppress(OSError, EOFError, ValueError, RecursionError):  # main.py says where it is broken
-        with (gzip.open if is_gzip(path) else open)(path, "rt", encoding="utf-8-sig") as source:  # an error is rare
-            text = source.read().lstrip()  # whole, from the first brace
-        first, end = json.JSONDecoder().raw_decode(text)  # one object, over several lines
-        if isinstance(first, dict) and "\n" in text[:end]:  # else the fault is elsewhere
-            nested = "" if column in first else columns(first, path)  # {"data": […]}, or conversations
-            return nested or f"its objects span lines: put each on one with {jq('.', path)}"  # jq reads any layout
+        rows = rows_of(path)  # of any layout
+        if rows and all(isinstance(value, dict) for value in rows):  # objects over several lines, or on one line
+            known = "" if column in rows[0] else conversation(rows[0], path) or nested(path, column)  # {"data": […]}
+            return known or f"its objects do not stand on a line each: mend that with {jq('.', path)}"  # any layout
     return ""  # main.py names the two layouts
+
+def packed(split, bos, eos, lost):  # numbers of pack_split(); lost (float): the share of tokens that is cut away
+    """Return notes on the data of a split, [] for ordinary data."""
+    notes = [  # (whether it applies, the line)
+        (bos or eos,  # written by another program
+         f"note     {bos:,} {split} texts have a BOS, {eos:,} an EOS where one is added: none gets two"),
+        (lost > 0.2,  # long documents, of which only the beginnings are learnt
+         f"note     truncation takes {lost:.0%} of the {split} tokens: see --no_truncation")]
+    return [line for applies, line in notes if applies]  # in this order
+
+def rebuilt(error, named):  # error: of load_dataset(**named), perhaps
+    """Return whether the cache of a data set is damaged, and has not been made anew already."""
+    words = "ArrowInvalid|Expected to be able to read|JSONDecodeError"  # of pyarrow, of dataset_info.json
+    return named.get("download_mode", 0) is None and bool(re.search(words, repr(error)))  # 0: a model, a directory
 
 # ── Models and the hub ─────────────────────────────────────────────────────────────────────────────
 LOADING = {  # pattern for an exception's kind or message: what to do about it
@@ -318,8 +480,8 @@ LOADING = {  # pattern for an exception's kind or message: what to do about it
     "is a {found}, which predicts no next token: give a model like google/gemma-3-270m",
     r"Config name is missing.*configs: \[(.*?)\]":  # a guess could train on the wrong language
     "has several configurations: choose one with --dataset_config_name: {found}",
-    r"(No space left|Disk quota|Permission denied: '\S+'|Read-only file system)":  # of the hub's cache
-    "cannot be kept in the cache of the hub ({found}): make space there, or set HF_HOME=/path to another place"}
+    r"(No space left|Not enough disk space|Disk quota|Permission denied: '\S+'|Read-only file system)":  # a cache
+    "cannot be kept in the cache ({found}): make space there, or choose another: HF_HOME=/path, --cache_dir for data"}
 
 def loading(flag, name, error):  # name (str): of the hub or a directory, which could not be loaded
     """Return the rest of the sentence "FLAG NAME …" for an error of the hub's libraries."""
@@ -372,7 +534,7 @@ def failure(error, flag, folder, device, training):  # error: an Exception of an
         return f"out of memory on {device or 'this machine'}: {REMEDIES}", 1  # 1: fewer programs may run next time
     if "pinned memory" in words:  # of --activation_checkpointing_kwargs
         return "offloading activations needs a GPU: leave offload out", 2  # the CPU's memory is where they are
-    full = re.search(r"No space left|[Qq]uota|Read-only|Permission denied|Input/output error", words)  # Linux's words
+    full = re.search("No space left|Not enough disk|[Qq]uota|Read-only|Permission denied|Input/output", words)  # Linux
     disk = re.search("PytorchStreamWriter|inline_container|strerror|os error|SafetensorError", words)  # a checkpoint
     writing = flag == "--output_dir" and (disk or isinstance(error, OSError))  # not of a cache that is damaged
     if (full or writing) and not isinstance(error, BrokenPipeError):  # `main.py ... | head` is no fault

@@ -13,7 +13,7 @@ the main machine keeps a connection to each other one, and passes on what one of
 
 import contextlib  # suppress(), for errors that change nothing
 import ctypes  # prctl(), which Python's own modules lack
-import importlib  # loads torch at a moment of our choice
+import importlib.util  # finds torch, and loads it at a moment of our choice
 import json  # machines tell each other one object a line
 import os  # settings come in the environment
 import re  # the forms of settings and flags
@@ -53,10 +53,11 @@ TOTAL = number("TOTAL_GPUS", "1")  # processes on all machines, one a GPU
 PORT = number("MAIN_PORT", "29500")  # torch's store listens there after the meetings
 NODE_WAIT = number("NODE_WAIT", "600")  # seconds until the meetings are given up
 MAX_RETRIES = number("MAX_RETRIES", "0")  # tries after the first one
-ADDRESS = os.environ.get("MAIN_NODE_IP", "127.0.0.1")  # of the main machine; others may use another name for it
+ADDRESS = os.environ.get("MAIN_NODE_IP", "127.0.0.1").strip("[]")  # a name, an IPv4 or IPv6 address, as in [fd00::1]
+PLACE = f"[{ADDRESS}]:{PORT}" if ":" in ADDRESS else f"{ADDRESS}:{PORT}"  # for sentences: an IPv6 address has colons
 TRAINER = os.path.abspath(f"{__file__}/../../main.py")  # absolute, as users call from anywhere
 
-FACTS = {"NUM_MACHINES": MACHINES, "TOTAL_GPUS": TOTAL, "DEVICE": None}  # equal on all machines; check() sets DEVICE
+FACTS = {"NUM_MACHINES": MACHINES, "TOTAL_GPUS": TOTAL, "PyTorch": "sound"}  # equal on all machines; check() adds two
 SELF = {"machine": RANK, "name": socket.gethostname()}  # begins each message to other machines
 HELLO = b"launch.py\n"  # the main machine's first word; other programs say something else
 CLOCK = {}  # time.monotonic() of the end of the meetings, and of the last "waiting"
@@ -73,6 +74,9 @@ FINAL = (2, 130, 143)  # a wrong call, Ctrl-C, SIGTERM: MAX_RETRIES does not try
 
 def check(gpus, output_dir):  # on this machine alone, in 0.1 seconds
     """Find what is wrong on this machine. gpus, output_dir (str): the settings. Raises: SystemExit(2)."""
+    needed = ("torch", "accelerate", "transformers", "datasets")  # of requirements.txt; without tensorboard some train
+    absent = ", ".join(name for name in needed if not importlib.util.find_spec(name))  # looked for, not loaded
+    die_if(absent, f"{sys.executable} lacks {absent}: bash verify_setup.sh says how to install them")  # a new machine
     die_if(RANK >= MACHINES, f"rank {RANK} needs NUM_MACHINES={RANK + 1} or more, on every machine")  # ranks begin at 0
     die_if(not 1 <= PORT <= 65535, f"MAIN_PORT={PORT} is no port: choose one from 1 to 65535")  # 0 would be any port
     uneven = TOTAL < 1 or TOTAL % MACHINES  # accelerate would start fewer without a word
@@ -86,6 +90,7 @@ def check(gpus, output_dir):  # on this machine alone, in 0.1 seconds
         ask = {"check": True, "capture_output": True, "text": True, "timeout": 60}  # seconds: a broken driver hangs
         listed = subprocess.run(["nvidia-smi", "-L"], **ask).stdout  # a line for each GPU
     count = len(re.findall("^GPU ", listed, re.MULTILINE))  # lines of MIG parts are indented
+    FACTS["OUTPUT_DIR"] = output_dir  # machines of another run on this port have another one
     FACTS["DEVICE"] = "GPU" if count else "CPU"  # NCCL and gloo cannot train together
     if not count:  # a trial, or a driver that does not work
         say(f"no GPU here: {each} of the {TOTAL} processes train on this CPU")  # correct, but slow
@@ -148,6 +153,30 @@ def keep_waiting(words):  # called once a second
         say(f"waiting: {words} ({CLOCK['end'] - now:.0f} s left)")  # time to start the missing machine
         CLOCK["said"] = now  # silent for the next ten seconds
 
+def resolve():  # on all machines, before each attempt to meet
+    """Return rows of getaddrinfo() for the main machine. Raises: SystemExit(2), at once for a name that nobody has."""
+    way = "set it on all machines to one of `hostname -I` of the main machine"  # addresses, as Linux knows them
+    own = re.match(r"fe[89ab].*:|.*%|::$|0\.0\.0\.0$", ADDRESS, re.IGNORECASE)  # torch refuses the % of fe80::1%eth0
+    die_if(own, f"by MAIN_NODE_IP={ADDRESS} torch reaches no other machine: {way}")  # link-local, or any address
+    while True:  # a name server may still be starting
+        try:  # an address needs no name server
+            return socket.getaddrinfo(ADDRESS, PORT, type=socket.SOCK_STREAM)  # a name may have several addresses
+        except (socket.gaierror, UnicodeError) as error:  # UnicodeError: a..b, which can be no name
+            fault = getattr(error, "strerror", None) or "no name looks so"  # Name or service not known
+            wrong = getattr(error, "errno", None) != socket.EAI_AGAIN  # EAI_AGAIN: the name server does not answer
+            die_if(wrong, f"MAIN_NODE_IP={ADDRESS} cannot be found ({fault}): {way}")  # waiting would not help
+            keep_waiting(f"no name server answers for MAIN_NODE_IP={ADDRESS} ({fault}); an address needs none")  # DNS
+        time.sleep(1)  # before the next question
+
+def foreign(family, place):  # of a row of resolve()
+    """Return why an address is not one of this machine, in the system's words, or ""."""
+    try:  # Linux lets a program listen at own addresses only
+        with socket.socket(family) as trial:  # closed at once: nobody connects
+            trial.bind((place[0], 0, *place[2:]))  # at any free port
+    except OSError as error:  # mostly Cannot assign requested address
+        return cause(error)  # for the user
+    return ""  # it is an own one
+
 def misfit(theirs, place, here):  # on the main machine
     """Return what is wrong with a machine, in a sentence, or None.
 
@@ -159,19 +188,20 @@ def misfit(theirs, place, here):  # on the main machine
     differ = [key for key in FACTS if theirs.get(key) != FACTS[key]]  # GPUs and CPUs cannot train together
     if not differ:  # this machine fits
         return None  # nothing is wrong
-    pairs = [f"{key} is {theirs[key]} at {place} and {FACTS[key]} on the main machine" for key in differ]  # both values
+    pairs = [f"{key} is {theirs.get(key)} at {place} and {FACTS[key]} on the main machine" for key in differ]  # both
     return f"{'; '.join(pairs)}: make them the same on all machines"  # all differences at once
 
 def host():  # on the main machine
     """Wait until all others have come, and let all begin. Returns: rank → connection. Raises: SystemExit(2)."""
-    try:  # MAIN_NODE_IP may belong to another machine
-        socket.create_server((ADDRESS, 0)).close()  # Linux allows this at own addresses only
-    except OSError as error:  # another machine's address, or an unknown name
-        fault = f"is no address of this machine ({cause(error)}), which has rank 0"  # run_node0.sh gives rank 0
+    faults = [foreign(family, place) for family, *_, place in resolve()]  # "" for each own address
+    if all(faults):  # MAIN_NODE_IP belongs to another machine
+        fault = f"is no address of this machine ({faults[0]}), which has rank 0"  # run_node0.sh gives rank 0
         way = "start run_node0.sh on the machine that has it, or set MAIN_NODE_IP on all"  # two ways to mend it
         die(f"MAIN_NODE_IP={ADDRESS} {fault}: {way} to one of `hostname -I`")  # at once: waiting would not help
+    six = socket.has_dualstack_ipv6()  # False where Linux was started without IPv6
+    family = socket.AF_INET6 if six else socket.AF_INET  # an IPv6 socket takes IPv4, too
     try:  # MAIN_PORT may be in use
-        server = socket.create_server(("", PORT))  # at all addresses of this machine
+        server = socket.create_server(("", PORT), family=family, dualstack_ipv6=six)  # at all addresses, as torch does
     except OSError as error:  # mostly a run that has not ended
         way = "end what listens there (`ss -tlnp`), or set another MAIN_PORT on all machines"  # for torch, too
         die(f"MAIN_PORT={PORT} cannot be used here ({cause(error)}): {way}")  # at once: waiting would not help
@@ -179,16 +209,17 @@ def host():  # on the main machine
     here = {}  # rank → address, also of machines that have gone
     way = "start run_node1.sh there, with this MAIN_NODE_IP and MAIN_PORT"  # mostly forgotten or mistyped
     while missing := [str(rank) for rank in range(1, MACHINES) if rank not in links]:  # late, or behind a firewall
-        keep_waiting(f"rank {', '.join(missing)} has not come to {ADDRESS}:{PORT}; {way}")  # ends after NODE_WAIT
+        keep_waiting(f"rank {', '.join(missing)} has not come to {PLACE}; {way}")  # ends after NODE_WAIT
         for ready in select.select([server, *links.values()], [], [], 1)[0]:  # looks again after a second
             if ready is not server:  # waiting machines send nothing: this one has gone
                 links = {key: link for key, link in links.items() if link is not ready}  # its rank is missing again
                 continue  # with the next connection
             link, (place, *_) = server.accept()  # a machine, a port scanner, the preflight
+            place = place.removeprefix("::ffff:")  # how an IPv6 socket shows IPv4 addresses
             try:  # strangers may say anything
                 link.settimeout(5)  # seconds a call: a stranger may never answer
                 link.sendall(HELLO)  # join() waits for it
-                theirs = json.loads(link.recv(4096))  # 100 bytes, which arrive in one piece
+                theirs = json.loads(link.recv(4096))  # 200 bytes, which arrive in one piece
                 sentence = misfit(theirs, place, here)  # None for a machine that belongs here
             except (OSError, ValueError, KeyError, TypeError):  # a stranger: it does not speak like join()
                 continue  # as if nobody had come
@@ -208,6 +239,7 @@ def host():  # on the main machine
 def join():  # on the other machines
     """Wait until the main one says that all are here. Returns: rank 0 → connection to it. Raises: SystemExit(2)."""
     while True:  # until all are here, or keep_waiting() ends
+        resolve()  # an unknown name ends the waiting
         state = "cannot be reached"  # true until a connection is made
         try:  # the main machine may not be up yet
             with socket.create_connection((ADDRESS, PORT), 5) as link:  # seconds, as firewalls may swallow packets
@@ -221,11 +253,11 @@ def join():  # on the other machines
                 if answer == "go":  # all machines are here
                     return {0: link.dup()}  # stays open when `with` closes link
                 die_if(answer, answer)  # what is wrong with one of the machines
-        except OSError as error:  # refused, no route, unknown name, silence
+        except OSError as error:  # refused, no route, silence
             way = "start run_node0.sh there, and check MAIN_NODE_IP, MAIN_PORT and its firewall"  # likeliest first
             if "torch" in sys.modules:  # the second meeting
                 way = "that machine was there, and still loads torch or has ended"  # nothing to do yet
-            keep_waiting(f"{ADDRESS}:{PORT} {state} ({cause(error)}); {way}")  # ends after NODE_WAIT
+            keep_waiting(f"{PLACE} {state} ({cause(error)}); {way}")  # ends after NODE_WAIT
         time.sleep(1)  # before the next attempt
 
 # ── While training runs ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -362,6 +394,15 @@ class Watch(threading.Thread):  # torch wants the main thread for its signal han
 
 # ── The launch ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
+def load():  # between the meetings
+    """Import torch and accelerate. Returns: what is wrong with them, for sentences, or ""."""
+    try:  # half an installation, a library of CUDA that is missing
+        importlib.import_module("accelerate.commands.launch")  # with torch: 2 to 30 seconds
+    except Exception as error:  # ImportError or OSError, mostly
+        FACTS["PyTorch"] = f"broken ({' '.join(str(error).split())[:300]})"  # misfit() tells the other machines
+        return FACTS["PyTorch"]  # this machine says it, too
+    return ""  # both are sound
+
 def ddp_timeout(words):  # of main.py's flags
     """Return the seconds of the last --ddp_timeout in a command line (list of str), or main.py's default."""
     found = re.findall(r"^--ddp[_-]timeout[=\n](\d+)$", "\n".join(words), re.MULTILINE)  # one word a line
@@ -408,8 +449,8 @@ def train(watch, flags):  # in the main thread, for torch's signal handlers
         if watch.given_up:  # Watch.check() sent the signal
             return 1, watch.given_up, True  # with 1 MAX_RETRIES tries again
         return 128 + error.sigval, f"stopped by {signal.Signals(error.sigval).name}", False  # 143 for SIGTERM
-    except DistError as error:  # between the meeting and the start of main.py
-        words = f"the launchers lost each other: {' '.join(str(error).split())[:300]}"  # in torch's words
+    except (ConnectionError, DistError) as error:  # between the meeting and the start of main.py
+        words = f"the launchers cannot meet at {PLACE}: {' '.join(str(error).split())[:300]}"  # the port is taken, say
         say(words)  # instead of a traceback
         return 1, words, False  # with 1 MAX_RETRIES tries again
     return 0, "", False  # trained to the end
@@ -427,8 +468,10 @@ def main(flags):  # flags (list of str): main.py's
     if MACHINES > 1:  # over the network
         meet = join if RANK else host  # the main machine counts those that come
         meet()  # before seconds are spent on torch
-        importlib.import_module("accelerate.commands.launch")  # with torch: 2 to 30 seconds
+    fault = load()  # "" if torch is sound
+    if MACHINES > 1:  # also without torch: else the others would wait
         links = meet()  # all machines leave this meeting together
+    die_if(fault, f"PyTorch or accelerate is {fault}: bash verify_setup.sh says how to mend it")  # with what is missing
     watch = Watch(links, ddp_timeout(flags))  # a thread, not yet started
     if links:  # somebody to watch
         watch.start()  # calls run()

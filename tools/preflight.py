@@ -12,6 +12,7 @@ evaluates a few tokens with the model: what it says there is what it would say i
 """
 import argparse  # the command line
 import importlib.metadata  # versions of packages, without importing them
+import ipaddress  # tells loopback addresses
 import json  # answers of the worker processes
 import os  # settings come in the environment
 import re  # GPUS and numbers are checked by their form
@@ -125,20 +126,25 @@ def whole(text, most):  # for settings, which are text
 def python_version():  # verify_setup.sh has refused one that is too old
     yield ok("Python", f"{sys.version.split()[0]}, {sys.executable}")  # which Python it is surprises many
 
+def installed(name):  # of a package; asks the installation, imports nothing
+    """Return its version, or None."""
+    with suppress(importlib.metadata.PackageNotFoundError):  # a fresh machine, or half an installation
+        return importlib.metadata.version(name)  # such as 5.23.0
+    return None  # pip knows no such package
+
 def packages():  # other versions than those of requirements.txt were not tested together
+    lines = [line.partition("#")[0].strip() for line in open(HERE / "requirements.txt", encoding="utf-8")]  # or ""
+    lines = [line for line in lines if line]  # such as transformers~=5.23.0
+    absent = [line for line in lines if not installed(re.match(r"[\w.-]+", line)[0])]  # a name comes first
+    if absent:  # in one line, as pip installs all of them at once
+        yield fail("packages", f"not installed: {', '.join(absent)}", INSTALL)  # the command stands here alone
     try:  # not at the top: a fresh machine lacks it
         from packaging.requirements import Requirement  # a package that transformers needs
         from packaging.version import Version  # knows that 5.10 is newer than 5.9
-    except ImportError:  # so transformers is missing, too
-        yield fail("packages", "those of requirements.txt are not installed", INSTALL)  # pip installs all at once
+    except ImportError:  # transformers is missing, too
         return  # nothing to compare
-    lines = [line.partition("#")[0].strip() for line in open(HERE / "requirements.txt", encoding="utf-8")]  # or ""
-    for wanted in map(Requirement, filter(None, lines)):  # such as transformers~=5.23.0
-        try:  # asks the installation, imports nothing
-            have = importlib.metadata.version(wanted.name)  # such as 5.23.0
-        except importlib.metadata.PackageNotFoundError:  # half an installation
-            yield fail(wanted.name, f"not installed; requirements.txt asks for {wanted}", INSTALL)  # pip installs all
-            continue  # no version to compare
+    for wanted in [Requirement(line) for line in lines if line not in absent]:  # in the order of the file
+        have = installed(wanted.name)  # perhaps with the name of a build, as in 2.13.0+cpu
         older = Version(have) < min(Version(part.version) for part in wanted.specifier)  # it lacks what main.py uses
         if wanted.specifier.contains(have, prereleases=True):  # 2.13.0+cpu is a 2.13.0
             yield ok(wanted.name, f"{have}, as requirements.txt asks: {wanted.specifier}")  # tested together
@@ -245,44 +251,54 @@ def addresses(settings):  # by which other machines can reach this one
     lines = output_of("ip", "-o", "addr", "show", "up", "scope", "global").splitlines()  # "2: eth0 inet 10.0.0.1/24"
     found = [f"{words[1]} {words[3].partition('/')[0]}" for words in map(str.split, lines)]  # eth0 10.0.0.1
     text = ", ".join(found or output_of("hostname", "-I").split())  # without iproute2: addresses alone
-    alone = "none but loopback: no other machine reaches this one"  # no FAIL: a VPN may hide from ip
+    none = "none but loopback and link-local ones"  # torch takes no fe80::1%eth0, which is valid on one cable alone
+    alone = f"{none}: no other machine reaches this one"  # no FAIL: a VPN may hide from ip
     lonely = warn("addresses", alone, "connect it: ip link, ip addr")  # matters to several machines
-    yield ok("addresses", text or "none but loopback") if text or not settings.several else lonely  # alone: fine
+    yield ok("addresses", text or none) if text or not settings.several else lonely  # alone: fine
 
-def can_listen(address, port):  # tried, as the launcher will do
-    """Listen for a moment. address (str): "" for all of this machine; port (int): 0 for any. Raises: OSError."""
-    six = ":" in address or (not address and socket.has_dualstack_ipv6())  # "" is IPv4 and IPv6 at once, as for torch
-    family = socket.AF_INET6 if six else socket.AF_INET  # of the address
-    socket.create_server((address, port), family=family, dualstack_ipv6=six and not address).close()  # nobody connects
+def can_listen(port):  # tried, as the launcher will do
+    """Listen at all addresses of this machine for a moment. port (int): MAIN_PORT. Raises: OSError."""
+    six = socket.has_dualstack_ipv6()  # one socket for IPv4 and IPv6, as for torch
+    family = socket.AF_INET6 if six else socket.AF_INET  # without IPv6 in Linux there is IPv4 alone
+    socket.create_server(("", port), family=family, dualstack_ipv6=six).close()  # nobody connects
+
+def is_own(family, place):  # of a row of getaddrinfo()
+    """Return whether an address is one of this machine: Linux lets a program listen at own addresses only."""
+    with suppress(OSError), socket.socket(family) as trial:  # another machine's address, or a family without support
+        trial.bind((place[0], 0, *place[2:]))  # at any free port
+        return True  # the system has taken it
+    return False  # the system has refused
 
 def main_node(settings):  # all processes meet at this address
-    port, host = whole(settings.port, 65535), settings.host  # None: mistyped
+    port, host = whole(settings.port, 65535), settings.host.strip("[]")  # None: mistyped; brackets are of URLs
     if not port:  # words, or too large
         yield fail("main port", f"MAIN_PORT={settings.port} is no port", "export MAIN_PORT=29500")  # a number to 65535
         return  # nothing to try
-    address, mine = "", True  # a single machine is its own main one
+    found, mine = [], True  # a single machine is its own main one
     if settings.several:  # whose address is it?
-        try:  # a name is allowed as well
-            address = within(3, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)[0][4][0]  # the name's first
-        except (OSError, UnicodeError) as error:  # mistyped (a..b), or no name server
-            yield fail("main node", f"{host} cannot be resolved ({error})", "export MAIN_NODE_IP=ADDRESS")  # of rank 0
+        right = "export MAIN_NODE_IP=ADDRESS on all machines, one of `hostname -I` of rank 0"  # the main machine's
+        if re.match(r"fe[89ab].*:|.*%|::$|0\.0\.0\.0$", host, re.IGNORECASE):  # as launch.py refuses them
+            yield fail("main node", f"by {host} torch reaches no other machine", right)  # link-local, or any address
             return  # no address, no port
-        try:  # Linux lets a program listen at own addresses only
-            can_listen(address, 0)  # any free port will do
-        except OSError:  # another machine's address
-            mine = False  # the main machine has to be reached
+        try:  # a name is allowed as well, and may have several addresses
+            rows = within(3, socket.getaddrinfo, host, port, 0, socket.SOCK_STREAM)  # of IPv4 and IPv6
+        except (OSError, UnicodeError) as error:  # mistyped (a..b), or no name server
+            yield fail("main node", f"{host} cannot be resolved ({error})", right)  # launch.py would say so, too
+            return  # no address, no port
+        mine = any(is_own(family, place) for family, *_, place in rows)  # else the main machine has to be reached
+        found = [ipaddress.ip_address(row[4][0]) for row in rows]  # each family has a loopback of its own
     if settings.several and settings.rank is not None and mine != (settings.rank == 0):  # the wrong machine
         words = f"{host} is {'this' if mine else 'not this'} machine, which has rank {settings.rank}"  # both facts
         yield fail("main node", words, "correct MAIN_NODE_IP, which belongs to rank 0, or the rank")  # one is wrong
         return  # whose port counts is not known
-    if re.match("127|::1$", address):  # a trial on one machine
+    if found and all(address.is_loopback for address in found):  # a trial on one machine
         words = f"{host} is loopback: no other machine reaches it"  # every machine has one of its own
-        yield warn("main node", words, "export MAIN_NODE_IP=ADDRESS")  # fine for a trial
+        yield warn("main node", words, right)  # fine for a trial
     elif settings.several and mine:  # rank 0 belongs here
         yield ok("main node", f"{host} is this machine: start run_node0.sh here")  # and run_node1.sh elsewhere
     if mine:  # this machine will listen
         try:  # listens and stops at once
-            can_listen("", port)  # at all addresses, as torch does
+            can_listen(port)  # a trial, as free ports cannot be listed
             yield ok("main port", f"{port} is free here")  # a firewall may still close it to others
         except OSError as error:  # taken, or below 1024
             remedy = f"ss -ltnp 'sport = :{port}' shows by whom; or export MAIN_PORT={port % 50000 + 1025}"  # any
@@ -291,7 +307,7 @@ def main_node(settings):  # all processes meet at this address
             yield (fail if settings.several else warn)("main port", words, remedy)  # one machine may take any other
         return  # nobody else to reach
     try:  # knocks at the main machine
-        socket.create_connection((address, port), timeout=3).close()  # a waiting launcher does not mind
+        socket.create_connection((host, port), timeout=3).close()  # a waiting launcher does not mind
         yield ok("main node", f"{host} port {port} answers: run_node0.sh, or another program")  # cannot be told
     except ConnectionRefusedError:  # the machine itself says no, so no firewall swallows the knock
         yield ok("main node", f"{host} is reachable, nothing listens on port {port} yet")  # run_node0.sh will
@@ -470,7 +486,8 @@ def checks(settings, folder):  # folder (Path): for trial files, removed at the 
     except Exception as error:  # an ImportError, or an OSError of the system's loader
         torch = None  # nothing to compute with
         broken = " --force-reinstall" * (not isinstance(error, ModuleNotFoundError))  # pip leaves alone what is there
-        yield fail("PyTorch", f"cannot be imported: {error}", INSTALL + broken)  # all of requirements.txt
+        remedy = INSTALL + broken if installed("torch") else "see the line packages"  # where all that is missing stands
+        yield fail("PyTorch", f"cannot be imported: {error}", remedy)  # all of requirements.txt
     else:  # torch is here
         yield ok("PyTorch", torch.__version__)  # compared with requirements.txt below
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0  # 0: the CPU trains
