@@ -238,7 +238,7 @@ def expand_files(flag, patterns):  # → absolute paths of existing, readable fi
     return [*map(abspath, files)]  # a part of the cache's key
 def in_folder(flag, folder, used=None):  # used: paths that are wanted; None: all → those of known formats
     refuse("folder", flag, folder)  # one of save_to_disk(), one that cannot be read
-    paths = [join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]  # all
+    paths = [join(place, name) for place, _, names in os.walk(folder, followlinks=True) for name in names]  # files
     inside = dict(zip(map(realpath, reversed(paths)), reversed(paths), strict=True)).values()  # each once
     wanted = used or [path for path in inside if "/." not in path[len(folder.rstrip(os.sep)):]]  # not hidden
     files = sorted(path for path in wanted if kind_of(path) in FORMATS)  # the same order everywhere
@@ -911,7 +911,7 @@ def prepare_dataset(args, tokenizer, rebuild):  # load_and_prepare_dataset(), al
     for again in (rebuild, True):  # as often as not all is in the cache
         try:  # a file may have been cut short, a disk may be full
             return load_and_prepare_dataset(args, tokenizer, again)  # (train, validation)
-        except (OSError, ValueError, MemoryError, datasets.exceptions.DatasetGenerationError) as error:  # all
+        except (OSError, ValueError, MemoryError, datasets.exceptions.DatasetGenerationError) as error:  # a bad cache
             explain(error, "--cache_dir", args.cache_dir, "", False)  # a full disk ends the run
             die_if(again, f"the data cannot be prepared in {args.cache_dir}: {one_line(error)}")  # saved data, say
             log0(f"note     data in {args.cache_dir} is damaged ({one_line(error)[:99]}): it is made anew")  # once
@@ -1104,7 +1104,7 @@ def check_column(place, column, names, path=""):  # place (str): for the sentenc
         die(advice("columns", place, names, column, path) or f"{place}: no column {column!r}: --text_column")  # which
 
 def special_ids(tokenizer, add_eos):  # → (ids before each text, ids behind it): [~2] and [] for Gemma
-    die_if(add_eos and tokenizer.eos_token_id is None, "--add_eos: this tokenizer has no EOS; leave it out")  # None
+    die_if(add_eos and tokenizer.eos_token_id is None, "--add_eos: this tokenizer has no EOS; leave it out")  # no id
     ids = tokenizer.encode("a")  # with all that this tokenizer adds
     start = [~token for token in ids[:1] if token == tokenizer.bos_token_id]  # [] if it puts no BOS there
     return start, [tokenizer.eos_token_id] * (add_eos or ids[-1] == tokenizer.eos_token_id)  # some always do
@@ -1120,7 +1120,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
         input_columns=rows.column_names, remove_columns=rows.column_names,  # the text is not kept
         batched=True, batch_size=max(1, min(1000, TOKENIZE_BYTES * len(rows) // max(1, rows.data.nbytes))),  # 1 MB
         features=datasets.Features(kinds), load_from_cache_file=not rebuild,  # 4 bytes an id
-        new_fingerprint=key, cache_file_name=join(args.cache_dir, f"tokenized-{key}.arrow")))  # again
+        new_fingerprint=key, cache_file_name=join(args.cache_dir, f"tokenized-{key}.arrow")))  # by key
     read = (rows.data.column("_marks").to_numpy() & BEGINS).sum()  # texts: the pieces of a document are one
     die_if(not len(tokenized), f"the {split} data holds no text: all {read:,} rows are blank")  # or null
     length = args.max_seq_length  # T, the tokens of a chunk
@@ -1390,7 +1390,7 @@ def print_plan(args, training_args, trainer, train, validation):  # what is abou
         steps = training_args.max_steps if training_args.max_steps > 0 else epochs  # --max_steps has priority
         at_peak = training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")  # without warm-up
         warmup = 0 if at_peak else training_args.get_warmup_steps(steps)  # a value below 1 is a part of steps
-        notes = advice("plan", args, used, a_pass, a_step, steps, warmup, world, 12 * size)  # odd things
+        notes = advice("plan", args, used, a_pass, a_step, steps, warmup, world, 12 * size)  # on odd things
         log0(f"batch    {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps}"  # in chunks
              f" accumulation x {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "

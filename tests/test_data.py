@@ -11,7 +11,6 @@ import subprocess
 import sys
 import tarfile
 import zipfile
-from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -272,6 +271,7 @@ def test_a_disk_that_is_full_under_the_cache_ends_in_one_sentence(tiny, texts, d
             break
         refused(done, f"--cache_dir {cache}", "space", status=1)
         reached |= {work for work in ("train_rows", "Tokenizing", "train_chunks") if work in done.err}
+        disk.call("find", cache, "-name", "tmp*", "-delete")  # datasets leaves its half file there
         disk.resize(f"size={size + 8}k")
     assert reached == {"train_rows", "Tokenizing", "train_chunks"}
     assert same_weights(tmp_path / "whole", tmp_path / "out")
@@ -1315,14 +1315,13 @@ def test_many_files_that_are_left_out_are_not_all_named(tmp_path, capsys):
 
 
 def test_files_behind_links_are_read_once(tmp_path):
-    """F4: folders and files may be links; with a link back up no text is read twice, it may be refused."""
+    """F4: folders and files may be links; a link back up is no second text."""
     write_files(tmp_path / "elsewhere", {"b.txt": "b", "c.txt": "c"})
     folder = write_files(tmp_path / "folder", {"a.txt": "a"})
     (folder / "linked").symlink_to(tmp_path / "elsewhere")
     assert read(folder) == ["a", "b", "c"]
     (folder / "back").symlink_to(folder)
-    with suppress(SystemExit):
-        assert read(folder) == ["a", "b", "c"]
+    assert read(folder) == ["a", "b", "c"]
 
 
 @pytest.mark.parametrize(("flag", "files", "words"), [

@@ -397,7 +397,7 @@ def test_another_main_node_is_knocked_at(no_torch, tiny, tmp_path):
         until (: </dev/tcp/10.77.0.2/29511) 2>/dev/null; do sleep 0.1; done
         for where in 10.77.0.1:29511 10.77.0.2:29511 10.77.0.2:29512 10.77.0.3:29511 nowhere.invalid:1 fd00:77::1:29511 \\
             [fd00:77::1]:29511 fd00:77::2:29511 [fd00:77::2]:29512 fd00:77::3:29511 ::1:29511 fe80::1%eth0:1 0.0.0.0:1; do
-            MAIN_NODE_IP=${where%:*} MAIN_PORT=${where#*:} "$@" >"$0/$where"
+            MAIN_NODE_IP=${where%:*} MAIN_PORT=${where##*:} "$@" >"$0/$where"
         done
         kill $(jobs -p)
     """
@@ -560,7 +560,8 @@ def test_a_model_that_may_not_be_read_fails_for_a_plain_user(file, tiny, tmp_pat
     (model / file).chmod(0)
     done = verify("--model", model, env={"OUTPUT_DIR": tmp_path}, before=ORDINARY)
     expect(done, "model", "FAIL", f"{model} cannot be read: no permission for {file}", "chmod +r")
-    said = plain_user("--model_name_or_path", model, "--train_file", ROOT / "README.md", "--output_dir", tmp_path / "o")
+    said = plain_user("--model_name_or_path", model, "--train_file", ROOT / "README.md",
+                      "--max_seq_length", 64, "--output_dir", tmp_path / "out")  # fmt: skip
     assert refused(said, f"no permission for {file}") in done.checks["model"][0][1]
 
 
