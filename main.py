@@ -956,8 +956,8 @@ def load_named_dataset(args, wanted, rebuild):  # wanted: names of splits, of wh
     if saved:  # a Dataset or a DatasetDict
         data = loaded("--dataset_name", name, datasets.load_from_disk, name)  # maps its files only
     elif folder:  # names tell the splits
-        patterns = loaded("--dataset_name", name, get_data_patterns, name)  # the rules of datasets
-        found = DataFilesDict.from_patterns(patterns, base_path=name)  # split → absolute paths
+        patterns = loaded("--dataset_name", name, get_data_patterns, escape(name))  # the rules of datasets
+        found = DataFilesDict.from_patterns(patterns, base_path=escape(name))  # split → absolute paths
         data = {str(split): [*paths] for split, paths in found.items()}  # the library has classes of its own
     else:  # on the hub, or a directory with a configuration
         kwargs = {"cache_dir": args.cache_dir, "download_mode": "reuse_cache_if_exists" * rebuild or None}  # or as is

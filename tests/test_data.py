@@ -1436,6 +1436,13 @@ def test_a_folder_below_without_read_permission_is_refused(refuse, tmp_path):
     (folder / "sub").chmod(0o755)
 
 
+def test_a_folder_whose_name_has_letters_of_a_pattern_is_read(tiny, tmp_path):
+    """F3, F4: a name is a name, also with brackets, a star and a space."""
+    folder = write_files(tmp_path / "we[i]rd * ?", {"a.txt": "some text " * 99})
+    expected = chunks_from(tiny, tmp_path, "--train_file", folder)[0]
+    assert expected and chunks_from(tiny, tmp_path, "--dataset_name", folder)[0] == expected
+
+
 def test_a_bad_file_in_a_data_set_directory_is_named(tiny, tmp_path):
     """F3, B2: by its bytes, as a training file is; by its line."""
     folder = write_files(tmp_path / "folder", {"train.txt": b"%PDF-1.5\n", "test.txt": ""})
