@@ -383,15 +383,15 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
     ranks = Ranks(rank, rank - local, size, f"rank {rank} on {socket.gethostname()}")  # groups are made below
     cpu = not torch.cuda.is_available() or "--use_cpu" in getattr(args, "given", ())  # no GPU, or --use_cpu
     cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate may ask for the CPU
-    if os.environ.get("LOCAL_WORLD_SIZE") != str(size):  # several machines: gloo would trust the host name
-        with suppress(OSError, KeyError), socket.socket(type=socket.SOCK_DGRAM) as query:  # else gloo chooses
-            query.connect((os.environ["MASTER_ADDR"], 9))  # UDP sends nothing: Linux looks up the route
-            names = {part.address: name for name, parts in psutil.net_if_addrs().items() for part in parts}  # IP → eth0
-            os.environ.setdefault("GLOO_SOCKET_IFNAME", names[query.getsockname()[0]])  # the user's own stays
     seconds = getattr(args, "ddp_timeout", 600)  # the default after a wrong call
     patience = timedelta(seconds=seconds + (0 if cpu else 120))  # gloo gives up first: NCCL gives no reason
     try:  # some rank may never come
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would try an unknown name for minutes
+        kind, *_, place = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]  # IPv4 or IPv6
+        if os.environ.get("LOCAL_WORLD_SIZE") != str(size):  # several machines: gloo would trust the host name
+            with suppress(OSError, KeyError), socket.socket(kind, socket.SOCK_DGRAM) as query:  # else gloo chooses
+                query.connect(place)  # UDP sends nothing: Linux looks up the route, for IPv4 or IPv6
+                names = {part.address: name for name, parts in psutil.net_if_addrs().items() for part in parts}  # eth0
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", names[query.getsockname()[0]])  # the user's own stays
         state = accelerate.PartialState(cpu, backend=getattr(args, "ddp_backend", None), timeout=patience)  # gradients
         state.wait_for_everyone()  # NCCL connects only now
         ranks.prompt = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))  # used at each step

@@ -602,9 +602,10 @@ def test_two_runs_on_one_port_end_in_a_sentence_each(tmp_path):
     while " waiting: rank 1 has not come" not in first.stderr.readline():
         assert first.poll() is None
     ((status, _, said),) = together(node(0, [], **one | other))
-    assert status == 2 and f"launch.py: MAIN_PORT={one['MAIN_PORT']} cannot be used here (Address already in use)" in said
+    assert status == 2 and f"MAIN_PORT={one['MAIN_PORT']} cannot be used here (Address already in use)" in said
     for status, _, said in together(first, node(1, [], **one | other)):
-        assert status == 2 and f"OUTPUT_DIR is {tmp_path}/other at 127.0.0.1 and {tmp_path}/one on the main" in said, said
+        words = f"OUTPUT_DIR is {tmp_path}/other at 127.0.0.1 and {tmp_path}/one on the main"
+        assert status == 2 and words in said, said
 
 
 @pytest.mark.parametrize("total", [1, 2])

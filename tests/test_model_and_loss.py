@@ -19,6 +19,7 @@ from helpers import (
     in_child,
     logged,
     plain_loss,
+    plain_user,
     results,
     short_run,
     weights_of,
@@ -90,6 +91,31 @@ MODELS = {  # case: what is done to a good model, words of the sentence
     "unknown kind of model": (lambda folder: edit_config(folder, model_type="gemma99"), "gemma99"),
     "tokenizer that is no JSON": (lambda folder: (folder / "tokenizer.json").write_text("{"), "tokenizer"),
 }
+
+
+@pytest.mark.parametrize(("closed", "words"), [
+    ("model.safetensors", ["no permission for model.safetensors", "chmod +r"]), (".", ["no permission", "chmod +rx"])])
+def test_a_model_that_may_not_be_read_is_called_that(closed, words, refuse, tiny, tmp_path):
+    """F1: and not missing, as the library has it."""
+    shutil.copytree(tiny, tmp_path / "model")
+    (tmp_path / "model" / closed).chmod(0)
+    refuse("--train_file {train} --model_name_or_path {tmp}/model", f"{tmp_path}/model", *words, runner=plain_user)
+    (tmp_path / "model" / closed).chmod(0o755)
+
+
+def test_an_adapter_and_a_half_copied_model_are_named(refuse, tiny, tmp_path):
+    """F1: an adapter alone; a pointer of Git LFS in the place of the weights; one of several files is missing."""
+    shutil.copytree(tiny, tmp_path / "model")
+    flags = "--train_file {train} --model_name_or_path {tmp}/model"
+    weights = tmp_path / "model" / "model.safetensors"
+    weights.write_text("version https://git-lfs.github.com/spec/v1\n")
+    refuse(flags, "pointer of Git LFS in the place of model.safetensors", "git lfs pull")
+    weights.unlink()
+    index = {"metadata": {}, "weight_map": {"model.norm.weight": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model" / "model.safetensors.index.json").write_text(json.dumps(index))
+    refuse(flags, "lacks 1 of its files of weights", "model-00002-of-00002.safetensors", "download it again")
+    (tmp_path / "model" / "config.json").rename(tmp_path / "model" / "adapter_config.json")
+    refuse(flags, "holds an adapter", "merge_and_unload")
 
 
 @pytest.mark.parametrize(("spoil", "words"), cases(MODELS))

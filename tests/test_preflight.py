@@ -210,7 +210,8 @@ def test_on_a_fresh_machine_all_missing_packages_are_one_line_with_the_command_o
     assert len(names) == 5 and done.status == 1
     expect(done, "packages", "FAIL", f"not installed: {', '.join(names)} -> {tmp_path}/.venv/bin/python -m pip install")
     expect(done, "PyTorch", "FAIL", "No module named 'torch' -> see the line packages")
-    assert str(done.checks).count("pip install") == 1 and not {re.split("[=~]", name)[0] for name in names} & {*done.checks}
+    assert str(done.checks).count("pip install") == 1
+    assert not {re.split("[=~]", name)[0] for name in names} & {*done.checks}
     for name in ("Python", "output directory", "main port", "addresses"):
         expect(done, name, "PASS")
 
@@ -395,8 +396,9 @@ def test_another_main_node_is_knocked_at(no_torch, tiny, tmp_path):
         $other ip link set peer up
         $other python -m http.server --bind :: 29511 >/dev/null 2>&1 &
         until (: </dev/tcp/10.77.0.2/29511) 2>/dev/null; do sleep 0.1; done
-        for where in 10.77.0.1:29511 10.77.0.2:29511 10.77.0.2:29512 10.77.0.3:29511 nowhere.invalid:1 fd00:77::1:29511 \\
-            [fd00:77::1]:29511 fd00:77::2:29511 [fd00:77::2]:29512 fd00:77::3:29511 ::1:29511 fe80::1%eth0:1 0.0.0.0:1; do
+        for where in 10.77.0.1:29511 10.77.0.2:29511 10.77.0.2:29512 10.77.0.3:29511 nowhere.invalid:1 \\
+            fd00:77::1:29511 [fd00:77::1]:29511 fd00:77::2:29511 [fd00:77::2]:29512 fd00:77::3:29511 ::1:29511 \\
+            fe80::1%eth0:1 0.0.0.0:1; do
             MAIN_NODE_IP=${where%:*} MAIN_PORT=${where##*:} "$@" >"$0/$where"
         done
         kill $(jobs -p)

@@ -50,6 +50,7 @@ def call(args, say):  # args: Namespace of parse_args(); say (function): prints 
     documents = [path for path in files if re.search(r"\.(txt|md)(\.gz)?$", path.lower())]  # files without rows
     versions = {(found.version or "")[:1] for found in distributions(name="flash-attn")}  # 4 is flash-attn-4
     model, folder = args.model_name_or_path, args.dataset_name or ""  # names of the hub, or directories
+    configs = [os.path.join(model, name) for name in ("config.json", "adapter_config.json")]  # if model is a directory
     words = " ".join(args.trainer_argv)  # flags of the Trainer, not parsed so far
     best = re.search("--load_best_model_at_end(?![= ]False)", words)  # None: not asked for
     steps = not re.search("--(save|eval)_strategy[= ](?!steps)", words)  # True: both happen at steps
@@ -69,7 +70,9 @@ def call(args, say):  # args: Namespace of parse_args(); say (function): prints 
          "--sample_by is for .txt and .md files; of this data each row is a text: leave it out"),
         (args.evaluate_only and args.resume_from_checkpoint,  # an evaluation has no steps
          f"--do_eval goes on from nothing: give --model_name_or_path {args.resume_from_checkpoint}"),
-        (os.path.isdir(model) and not os.path.exists(os.path.join(model, "config.json")),  # the wrong directory
+        (os.path.isdir(model) and not os.access(model, os.R_OK | os.X_OK),  # of another user
+         f"--model_name_or_path {model} cannot be read: no permission for the directory (try chmod +rx)"),
+        (os.path.isdir(model) and not any(map(os.path.exists, configs)),  # not even that of an adapter
          f"--model_name_or_path {model}: no config.json, which each saved model has; give the directory of one")]
     for name, value in (("--model_name_or_path", model), ("--dataset_name", folder)):  # here, or on the hub
         local = value.startswith((".", os.sep)) or value.count("/") > 1 or os.path.isfile(value)  # no hub name
@@ -496,6 +499,8 @@ def loading(flag, name, error):  # name (str): of the hub or a directory, which 
     return f"cannot be loaded; if damaged, download or save it anew: {words[:400]}"  # in the library's words
 
 def missing(folder, words):  # folder (str): of a model or a data set; words (str): of the errors → a fault, or ""
+    if not os.access(folder, os.R_OK | os.X_OK):  # of another user
+        return "cannot be read: no permission for the directory (try chmod +rx)"  # the library says "no such file"
     names = sorted(os.listdir(folder))  # without what lies in directories below
     if "tokenizer.json" in words and "tokenizer.json" not in names:  # not copied, or of an old kind
         return "holds no tokenizer.json: copy it from the model's base, or save the tokenizer there"  # a fast one
