@@ -32,6 +32,7 @@ from helpers import (
     finish,
     free_port,
     in_child,
+    last_wins,
     launch,
     missing,
     need,
@@ -170,7 +171,7 @@ def spoil(case, flags, tmp_path):
 def test_what_is_wrong_on_one_machine_ends_both_with_its_sentence(hosts, machine_flags, tmp_path, case):
     """C5, C6, B13: status 2 on both, which MAX_RETRIES does not try again."""
     (tmp_path / "out").mkdir()
-    flags = [*machine_flags, "--ddp_timeout", 40]  # longer than a directory is looked for
+    flags = last_wins([*machine_flags, "--ddp_timeout", 40])  # longer than a directory is looked for
     more, before, words = spoil(case, flags, tmp_path)
     settings = {"OUTPUT_DIR": tmp_path / "out", "MAX_RETRIES": 3}
     began = time.time()
@@ -347,7 +348,7 @@ def test_with_max_retries_a_lost_node_and_a_cut_cable_are_survived(hosts, undist
 @pytest.mark.slow
 def test_a_cut_cable_is_spoken_of_within_a_minute_and_waited_for(hosts, undisturbed, machine_flags, tmp_path):
     """B10: both machines name the lost one long before --ddp_timeout, and go on when the cable is put back."""
-    nodes = hosts.both(*machine_flags, "--ddp_timeout", 600, OUTPUT_DIR=tmp_path / "out")
+    nodes = hosts.both(*last_wins([*machine_flags, "--ddp_timeout", 600]), OUTPUT_DIR=tmp_path / "out")
     progress(tmp_path / "out", nodes[0])
     began = time.time()
     hosts.cable("down")
