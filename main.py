@@ -641,13 +641,13 @@ def load_model(args):  # from the hub, its cache or a directory
     loaded(flag, name, transformers.utils.cached_file, name, "tokenizer.json")  # else an empty one is made
     tokenizer = loaded(flag, f"{name}: tokenizer.json", transformers.AutoTokenizer.from_pretrained, name)  # 33 MB
     most = getattr(config.get_text_config(), "max_position_embeddings", math.inf)  # tokens: 32,768 for 270M
-    die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: the context is {most}")  # of the model
+    die_if(args.max_seq_length > most, f"--max_seq_length {args.max_seq_length}: choose at most {most}")  # the context
     model, report = loaded(  # downloads 536 MB the first time
         flag, name, transformers.AutoModelForCausalLM.from_pretrained, name, dtype=torch.float32,  # for small updates
         attn_implementation="flash_attention_2" if args.use_flash_attention else None,  # None: sdpa, or eager
         ignore_mismatched_sizes=True, output_loading_info=True)  # the report says what is missing
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # random
-    die_if(wrong, f"{flag} {name}: the file lacks {', '.join(wrong[:3])}; save the model anew")  # random now
+    die_if(wrong, f"{flag} {name} has no fitting {', '.join(wrong[:3])}: give a whole language model")  # random
     if not args.use_flash_attention:  # its kernels need a GPU, and the model is on the CPU here
         ids = torch.tensor([[*range(8)], [*range(7), 8]])  # (2, 8): two texts that differ in their last token
         with torch.no_grad():  # no gradients are wanted

@@ -110,7 +110,7 @@ CALLS = {
     "length negative": (GOOD + "--max_seq_length -8", "--max_seq_length", "-8", "at least 2"),
     "length no number": (GOOD + "--max_seq_length long", "--max_seq_length", "'long'", "whole number"),
     "length a fraction": (GOOD + "--max_seq_length 64.5", "--max_seq_length", "'64.5'", "whole number"),
-    "length above the context": (GOOD + "--max_seq_length 513", "--max_seq_length 513", "context", "512"),
+    "length above the context": (GOOD + "--max_seq_length 513", "--max_seq_length 513", "at most 512"),
     "learning rate 0": (GOOD + "--learning_rate 0", "--learning_rate", "above 0"),
     "learning rate negative": (GOOD + "--learning_rate -2e-5", "--learning_rate"),
     "learning rate nan": (GOOD + "--learning_rate nan", "--learning_rate", "nan"),

@@ -491,7 +491,8 @@ def loading(flag, name, error):  # name (str): of the hub or a directory, which 
     words = in_one_line(error)  # all errors in the chain
     page = f"/datasets/{name}" if flag == "--dataset_name" else f"/{name}"  # with the terms
     url = os.environ.get("HF_ENDPOINT", "https://huggingface.co") + page  # to be opened
-    if fault := missing(name, words) if os.path.isdir(name) else "":  # the files tell more than the library
+    folder = name.removesuffix(": tokenizer.json")  # main.py names the file where it fails
+    if fault := missing(folder, words) if os.path.isdir(folder) else "":  # the files tell more than the library
         return fault  # of a model, or of a data set
     for pattern, sentence in LOADING.items():  # the first pattern that fits decides
         if found := re.search(pattern, words):  # may capture the list of configurations
