@@ -647,7 +647,7 @@ def load_model(args):  # from the hub, its cache or a directory
         attn_implementation="flash_attention_2" if args.use_flash_attention else None,  # None: sdpa, or eager
         ignore_mismatched_sizes=True, output_loading_info=True)  # the report says what is missing
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # random
-    die_if(wrong, f"{flag} {name} has no fitting {', '.join(wrong[:3])}: give a whole language model")  # random
+    die_if(wrong, f"{flag} {name} lacks a fitting {', '.join(wrong[:3])}: give a whole language model")  # random
     if not args.use_flash_attention:  # its kernels need a GPU, and the model is on the CPU here
         ids = torch.tensor([[*range(8)], [*range(7), 8]])  # (2, 8): two texts that differ in their last token
         with torch.no_grad():  # no gradients are wanted
