@@ -187,7 +187,7 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
         die_if(name in REFUSED, f"{flag} {REFUSED.get(name)}: leave it out")  # it breaks a promise
         if not {flag, name} & {*known}:  # misspelt, or of another trainer
             die(f"unknown flag {flag}{advice('flag', flag, known)}; see --help")  # and what may be meant
-        die_if(bare.count(name) > 1 and name not in ("--train_file", "--validation_file"),  # the last would win
+        die_if(bare.count(name) > 1 and name not in ("--train_file", "--validation_file"),  # one would win
                f"{flag} is given twice: leave one out")  # perhaps a script adds the second
     check_args(args)  # combinations and paths; may end the run
     return args  # sound, as far as can be told without torch
@@ -197,8 +197,8 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
         args.model_name_or_path = "google/gemma-3-270m"  # the published name from here on
         log0("google/gemma-270m is published as google/gemma-3-270m: using that.")  # printed once, by rank 0
     args.evaluate_only = eval_only = args.do_eval and not args.do_train  # True: no training, no checkpoints
-    die_if(not exists(os.readlink("/proc/self/cwd")), "the current directory was removed: cd to another")  # stale
-    home = os.environ.get("HF_HOME", join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))  # datasets'
+    die_if(not exists(os.readlink("/proc/self/cwd")), "the current directory was removed: cd to another")  # (deleted)
+    home = os.environ.get("HF_HOME", join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))  # by default
     cache = args.cache_dir or os.environ.get("HF_DATASETS_CACHE", join(home, "datasets"))  # as datasets
     args.cache_dir = os.path.expanduser(cache)  # named in sentences
     args.train_file = expand_files("--train_file", args.train_file)  # [] without the flag
@@ -231,7 +231,7 @@ def expand_files(flag, patterns):  # → absolute paths of existing, readable fi
     for pattern in patterns or []:  # None without the flag
         found = [pattern] if lexists(pattern) else sorted(glob(pattern, recursive=True))  # in a fixed order
         if not found:  # a misspelt name, or a folder that may not be looked into
-            die(f"{flag} {pattern}: {advice('absent', pattern) or 'no such file'}")  # a near one may be meant
+            die(f"{flag} {pattern}: {advice('absent', pattern) or 'no such file'}")  # perhaps a near one
         for path in [path for path in found if "**" not in pattern or not isdir(path)]:  # ** finds all below anyway
             files += in_folder(flag, path) if isdir(path) else [path]  # in the order of their names
     refuse("file", flag, files, FORMATS)  # a broken link, a PDF, UTF-16, an unknown ending and the like
@@ -381,8 +381,8 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
     missing = {"RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} - os.environ.keys()  # launchers set all
     die_if(missing, f"WORLD_SIZE is set, but not {', '.join(sorted(missing))}: use accelerate launch")  # by hand
     ranks = Ranks(rank, rank - local, size, f"rank {rank} on {socket.gethostname()}")  # groups are made below
-    cpu = not torch.cuda.is_available() or "--use_cpu" in getattr(args, "given", ())  # no GPU, or --use_cpu
-    cpu = cpu or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate may ask for the CPU
+    cpu = not torch.cuda.is_available() or os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # by accelerate
+    cpu |= bool(re.search("--use_cpu(?![= ][Ff0Nn])", " ".join(getattr(args, "trainer_argv", ()))))  # not its False
     seconds = getattr(args, "ddp_timeout", 600)  # the default after a wrong call
     patience = timedelta(seconds=seconds + (0 if cpu else 120))  # gloo gives up first: NCCL gives no reason
     try:  # some rank may never come
@@ -838,7 +838,7 @@ def use_chunked_loss(model):  # replaces the model's own loss
         if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # more than one matrix
             return "this model's own head holds all logits"  # as plain transformers does
         if getattr(model.config, "output_router_logits", False):  # a small part of the loss is for experts
-            return "this model's own holds all logits, and shows a training loss with a part for its experts"  # not CE
+            return "this model's own holds all logits, and shows a loss with a part for its experts"  # in training
         if head.weight.is_cuda:  # a CPU is as fast without a compiler
             tried("a compiled loss", try_compiler, head.weight, softcap)  # else 256 rows at a time
         ids = torch.arange(8, device=head.weight.device)[None]  # (1, 8): enough to tell two losses apart
@@ -925,7 +925,7 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
         del files["train"]  # training text would be read for nothing
     named = load_named_dataset(args, list(files), rebuild) if args.dataset_name else {}  # split → rows, or files
     files |= {split: named.pop(split) for split in files if isinstance(named.get(split), list)}  # of a folder
-    documents = any(kind_of(path) in DOCUMENTS for path in sum(files.values(), []))  # rows are pieces of them
+    documents = any(kind_of(path) in DOCUMENTS for path in sum(files.values(), []))  # in pieces as rows
     die_if("--sample_by" in args.given and not documents, "--sample_by is for .txt and .md: leave it out")  # in vain
     size = PIECE if not documents or splits_at_lines(tokenizer) else math.inf  # characters in a row
     schema = {"text": datasets.Value("large_string"), "_marks": datasets.Value("int8")}  # 64-bit offsets
@@ -950,7 +950,7 @@ def load_named_dataset(args, wanted, rebuild):  # wanted: names of splits, of wh
         log0(f"{name}: no --dataset_config_name given, taking {config}.")  # no choice is made in silence
     saved = isfile(join(name, "state.json")) or isfile(join(name, "dataset_dict.json"))  # from save_to_disk()
     card = join(name, "README.md")  # may hold a loading configuration: which files, which columns
-    configured = isfile(card) and re.match(r"---\n(?:(?!---).*\n)*configs:", open(card, errors="replace").read())  # so
+    configured = isfile(card) and re.match(rb"---\n(?:(?!---).*\n)*configs:", open(card, "rb").read())  # in its header
     folder = isdir(name) and not (saved or configured)  # of files, to be read as those of --train_file
     die_if(config and (saved or folder), f"--dataset_config_name {config}: {name} has none; leave it out")  # unused
     if saved:  # a Dataset or a DatasetDict
@@ -969,8 +969,8 @@ def load_named_dataset(args, wanted, rebuild):  # wanted: names of splits, of wh
     if folder:  # read_texts() will read them
         used = in_folder("--dataset_name", abspath(name), sum(splits.values(), []))  # says what is left out
         for split, paths in splits.items():  # in the order of their names
-            splits[split] = expand_files("--dataset_name", [path for path in used if path in paths])  # sound
-            die_if(not splits[split], f"--dataset_name {name}: no {split} file is one of {' '.join(FORMATS)}")  # unread
+            splits[split] = expand_files("--dataset_name", [path for path in used if path in paths])  # readable
+            die_if(not splits[split], f"--dataset_name {name}: no {split} file is one of {' '.join(FORMATS)}")  # others
         return splits  # lists of files
     for split, rows in splits.items():  # each split must have the text column
         check_column(f"{name}, split {split}", args.text_column, rows.column_names)  # the usual first mistake
@@ -983,7 +983,7 @@ def load_named_dataset(args, wanted, rebuild):  # wanted: names of splits, of wh
     return splits  # memory-mapped: nothing is in memory so far
 def cached(name, generator, kwargs, cache_dir, rebuild, features=None):  # → Dataset of generator(**kwargs)
     versions = [(getsize(path), os.stat(path).st_mtime_ns) for path in kwargs["files"]]  # in bytes and in ns
-    key = f"{name}-{Hasher.hash((generator, kwargs, versions))}"  # the folder's name; new for new files or code
+    key = f"{name}-{Hasher.hash((generator, kwargs, versions))}"  # the folder; new for new files or code
     if rebuild:  # also what describes the data may be damaged
         shutil.rmtree(join(cache_dir, "generator", key), ignore_errors=True)  # the builder's own folder
     builder = Generator(config_id=key, generator=generator, gen_kwargs=kwargs, split=name, cache_dir=cache_dir,  # found
@@ -1011,7 +1011,7 @@ def read_texts(files, column, sample_by, size):  # a generator: in memory is one
             rows += 1  # an empty file is an error below
             text = row.get(column, 0) if isinstance(row, dict) else 0  # str or None, if the file is right
             if not isinstance(text, str | None):  # a number, a list, no such column, no object
-                die(advice("row", place, row, column, path) or f"{place}: no text in column {column!r}")  # which
+                die(advice("row", place, row, column, path) or f"{place}: no text in column {column!r}")  # what it is
             if text and re.search(r"[\ud800-\udfff]", text):  # half of an emoji, which UTF-8 cannot hold
                 die(f"{place}: the text has half a character, from \\ud800 to \\udfff; remove it")  # no UTF-8
             yield {"text": text, "_marks": marks}  # one row of the cache; null counts as blank later
@@ -1071,7 +1071,7 @@ def read_csv(path, column):  # → (place, {column: str}, marks); values in quot
                 die(f"{path}, line {rows.line_num}: {len(row)} values, but the header has {len(header)}; "  # where
                     f"texts with {mark!r} or line breaks need double quotes around them")
             if mark == "\t" and "\n" in "".join(row):  # a quote that is a letter: rows would vanish silently
-                die(f"{path}, line {rows.line_num}: a quote joins lines to one value; write such rows as .jsonl")  # so
+                die(f"{path}, line {rows.line_num}: a quote joins lines; write such rows as .jsonl")  # into one value
             cells = dict(zip(header, row or [""] * len(header), strict=True))  # an empty line is a blank row
             yield f"{path}, line {rows.line_num}", cells, TEXT  # the line where the row ends
     except csv.Error as error:  # a quote left open, or text behind a closed one
@@ -1095,13 +1095,13 @@ def read_json(path, column):  # → (place, value, marks) of each line of JSON, 
             values = json.loads(part.rstrip() or "[]")  # a list for an array or a blank line, else one value
         except (ValueError, RecursionError) as error:  # JSONDecodeError is a ValueError
             place += f", line {getattr(error, 'lineno', 1)}" * array  # array: counted from the file's start
-            way = advice("layout", path, column) or "write one object a line, or one array of objects"  # or jq
+            way = advice("layout", path, column) or "write one object a line, or one array of objects"  # jq
             die(f"{place}: broken JSON: {getattr(error, 'msg', error)}; {way}")  # in Python's words
         for item, value in enumerate(values if array or not part.strip() else [values], 1):  # counted from 1
             yield f"{path}, item {item}" if array else place, value, TEXT  # lines mean little in an array
 def check_column(place, column, names, path=""):  # place (str): for the sentence; names: of all columns
     if column not in names:  # misspelt, or the default "text" that the data lacks
-        die(advice("columns", place, names, column, path) or f"{place}: no column {column!r}: --text_column")  # which
+        die(advice("columns", place, names, column, path) or f"{place}: no column {column!r}")  # columns there are
 
 def special_ids(tokenizer, add_eos):  # → (ids before each text, ids behind it): [~2] and [] for Gemma
     die_if(add_eos and tokenizer.eos_token_id is None, "--add_eos: this tokenizer has no EOS; leave it out")  # no id
@@ -1390,7 +1390,7 @@ def print_plan(args, training_args, trainer, train, validation):  # what is abou
         steps = training_args.max_steps if training_args.max_steps > 0 else epochs  # --max_steps has priority
         at_peak = training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")  # without warm-up
         warmup = 0 if at_peak else training_args.get_warmup_steps(steps)  # a value below 1 is a part of steps
-        notes = advice("plan", args, used, a_pass, a_step, steps, warmup, world, 12 * size)  # on odd things
+        notes = advice("plan", args, used, a_pass, a_step, steps, warmup, world, 12 * size)  # bytes saved
         log0(f"batch    {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps}"  # in chunks
              f" accumulation x {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
              f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "

@@ -69,6 +69,9 @@ CALLS = {
         "constant", "takes none", "leave them out",
     ),
     "schedule with a list": (GOOD + "--lr_scheduler_kwargs []", "--lr_scheduler_kwargs []", "no JSON object"),
+    "schedule with half an object behind =": (
+        GOOD + "--lr_scheduler_kwargs={{bad", "--lr_scheduler_kwargs {bad is no JSON object"
+    ),
     "schedule with half an object": (
         GOOD + "--lr_scheduler_kwargs {{bad", "--lr_scheduler_kwargs {bad", "no JSON object"
     ),
@@ -225,6 +228,14 @@ def test_a_flag_that_is_given_twice_is_refused(flags, words, train, tmp_path):
     """F24: no value wins silently; only files may be given by several flags."""
     done = run("--train_file", train, "--output_dir", tmp_path / "x", *flags.split(), repeated=True)
     refused(done, *words)
+
+
+@pytest.mark.parametrize("word", [
+    "--load_best_model_at_end=False", "--load_best_model_at_end no", "--no_load_best_model_at_end"])
+def test_a_switch_of_the_trainer_that_is_off_asks_for_nothing(word, train, tmp_path):
+    """U9, B9: evaluations and checkpoints may then happen at other times."""
+    words = ["--train_file", train, "--output_dir", tmp_path / "out", "--save_steps", 3, "--eval_steps", 2]
+    assert main.parse_args([str(text) for text in [*words, *word.split()]]).save_steps == 3
 
 
 def test_files_of_repeated_flags_are_all_read(tmp_path):

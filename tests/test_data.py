@@ -607,6 +607,8 @@ CONTENT = {  # case: (file name, content), words of the sentence
     "csv with a value too few": (("bad.csv", "id,text\n1,hello\n2\n"), "bad.csv, line 3", "1 value", "has 2"),
     "csv with an open quote": (("bad.csv", 'id,text\n1,"hello\n2,world\n'), "bad.csv", "broken CSV", "line"),
     "Latin-1": (("bad.txt", "plain\ncafé\n".encode("latin1")), "bad.txt", "not UTF-8", "byte 9", "0xe9", "iconv"),
+    "Latin-1 at the end": (("bad.txt", "plain café".encode("latin1")), "byte 9 is 0xe9", "find out its encoding"),
+    "UTF-8 cut in a letter": (("bad.txt", "ünï café".encode()[:-1]), "byte 9 is 0xc3", "ends within a letter"),
     "UTF-16": (("bad.txt", "a line\n".encode("utf-16")), "bad.txt", "is UTF-16", "iconv -f "),
     "UTF-16 without a mark": (
         ("bad.txt", "a line\nand another\n".encode("utf-16-le")),

@@ -25,6 +25,8 @@ def in_one_line(error):  # → str: kind and words of an error and all its cause
     return " ".join(" ".join(traceback.format_exception(error, limit=0)).split())  # without line breaks
 def is_gzip(path):  # by its name, as main.py tells it
     return path.lower().endswith(".gz")  # .GZ, too
+def opener(path):  # → the function that reads a file, unpacked where its name says that it is gzipped
+    return gzip.open if is_gzip(path) else open  # both take the same arguments
 def nearest(name, names):  # → " (did you mean 'text'?)", or "" if none of names is similar
     known = {other.lower(): other for other in names}  # TEXT is near to text
     close = difflib.get_close_matches(name.lower(), known, n=1)  # the nearest one, if at least 0.6 similar
@@ -51,9 +53,10 @@ def call(args, say):  # args: Namespace of parse_args(); say (function): prints 
     versions = {(found.version or "")[:1] for found in distributions(name="flash-attn")}  # 4 is flash-attn-4
     model, folder = args.model_name_or_path, args.dataset_name or ""  # names of the hub, or directories
     configs = [os.path.join(model, name) for name in ("config.json", "adapter_config.json")]  # if model is a directory
-    words = " ".join(args.trainer_argv)  # flags of the Trainer, not parsed so far
-    best = re.search("--load_best_model_at_end(?![= ]False)", words)  # None: not asked for
-    steps = not re.search("--(save|eval)_strategy[= ](?!steps)", words)  # True: both happen at steps
+    flags = [part for word in args.trainer_argv for part in word.split("=", word.startswith("--"))]  # --a=b is --a b
+    words = " ".join(flags)  # of the Trainer, which has not parsed them so far
+    best = re.search("--load_best_model_at_end(?! (?i:false|f|no|n|0)( |$))", words)  # None: not asked for
+    steps = not re.search("--(save|eval)_strategy (?!steps)", words)  # True: both happen at steps
     faults = [  # (whether it is wrong, the sentence)
         (best and steps and args.save_steps != args.eval_steps,  # the best one would be lost
          "--load_best_model_at_end needs a checkpoint of each evaluation: make --save_steps equal to --eval_steps"),
@@ -78,7 +81,7 @@ def call(args, say):  # args: Namespace of parse_args(); say (function): prints 
         local = value.startswith((".", os.sep)) or value.count("/") > 1 or os.path.isfile(value)  # no hub name
         faults.append((local and not os.path.isdir(value),  # else the hub is asked for half a minute
                        f"{name} {value}: no such directory; give one, or a hub name (text goes to --train_file)"))
-    for name, value in zip(args.trainer_argv, args.trainer_argv[1:], strict=False):  # pairs of neighbouring words
+    for name, value in zip(flags, flags[1:], strict=False):  # pairs of neighbouring words
         faults.append((name.endswith("_kwargs") and no_object(value),  # it is a JSON object that is asked for
                        f"{name} {value} is no JSON object such as '{{\"min_lr\": 1e-6}}': {no_object(value)}"))
     train = [*map(os.path.realpath, args.train_file)]  # without links
@@ -196,11 +199,12 @@ MARKS = {b"\xff\xfe\0\0": "utf-32-le", b"\0\0\xfe\xff": "utf-32-be",  # beginnin
 
 def absent(path):  # path (str): of no file that can be seen
     """Return why, and the name of a neighbour that may be meant."""
-    with suppress(FileNotFoundError, NotADirectoryError):  # the usual case
-        try:  # the folder above may be closed
-            os.lstat(path)  # does not follow a link
-        except PermissionError as error:  # of another user
-            return f"cannot be read: no permission for a folder above it ({error.strerror})"  # it may be there
+    try:  # the folder above may be closed
+        os.lstat(path)  # does not follow a link
+    except PermissionError as error:  # of another user
+        return f"cannot be read: no permission for a folder above it ({error.strerror})"  # it may be there
+    except OSError:  # the usual case
+        pass  # no file, no folder
     return "no such file" + nearest(path, neighbours(path))  # a misspelt name
 
 def neighbours(path):  # → paths of the files beside path
@@ -214,8 +218,8 @@ def folder(flag, path):  # path (str): of a directory that holds files to read
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):  # of datasets
         return f"{flag} {path} is a data set that save_to_disk made: give it to --dataset_name"  # Arrow
     faults = []  # of folders below
-    for _ in os.walk(path, onerror=faults.append, followlinks=True):  # a loop of links is an error, too
-        pass  # os.walk itself would leave out what it cannot read
+    for _ in os.walk(path, onerror=faults.append, followlinks=True):  # as main.py does
+        pass  # what cannot be listed would be left out
     return f"{flag} {faults[0].filename} cannot be read: {faults[0].strerror}" if faults else ""  # no permission, say
 
 def file(flag, paths, endings):  # paths (list of str): of files of any name; endings: known ones
@@ -239,18 +243,17 @@ def unreadable(path):  # → what is wrong with a file, whatever it holds, or ""
         return "cannot be read: no permission to read it (try chmod +r)"  # or ask its owner
     return "" if os.path.getsize(path) else "is empty: look how it was made"  # often a failed export
 
-def head_of(path, unpack=True):  # → bytes: the beginning of a file, unpacked if its name says that it is gzipped
+def head_of(path, unpack=None):  # unpack: gzip.open, open or None for opener(path) → bytes: the beginning of a file
     with suppress(OSError, EOFError, gzip.zlib.error):  # main.py says why, when it reads the file
-        with (gzip.open if unpack and is_gzip(path) else open)(path, "rb") as source:  # both read the same way
+        with (unpack or opener(path))(path, "rb") as source:  # may be no gzip data
             return source.read(HEAD)  # may be shorter
     return b""  # nothing is known
 
 def strange(path):  # → what a file holds that is no text in UTF-8, by its first bytes, or ""
-    raw, head = head_of(path, unpack=False), head_of(path)  # up to 4 kB each; head: b"" where it cannot be unpacked
+    raw, head = head_of(path, open), head_of(path)  # up to 4 kB each; head: b"" where it cannot be unpacked
     packed = raw.startswith(b"\x1f\x8b")  # gzip
     if packed and not is_gzip(path):  # perhaps renamed
-        inner = gzip_head(path)  # of what is packed
-        if inner[257:262] == b"ustar":  # a .tgz
+        if head_of(path, gzip.open)[257:262] == b"ustar":  # a .tgz
             return f"is a packed tar archive: unpack it with tar -xzf {shell(path)}, and give the folder"  # of files
         return f"is gzip data: give it a name that says so, with mv {shell(path)} {shell(path + '.gz')}"  # no more
     if is_gzip(path) and not packed:  # plain text, or a stub of Git LFS
@@ -274,11 +277,6 @@ def strange(path):  # → what a file holds that is no text in UTF-8, by its fir
         return f"is ISO-2022-JP: convert it with {to_utf8('ISO-2022-JP', path)}"  # of old mail
     wide = "" if parquet else wide_encoding(head)  # as Windows writes text
     return f"is {UTF[wide]}: convert it with {to_utf8(UTF[wide], path)}" if wide else ""  # "": text, as it seems
-
-def gzip_head(path):  # → bytes: the beginning of what a gzip file of any name holds
-    with suppress(OSError, EOFError, gzip.zlib.error), gzip.open(path, "rb") as source:  # may be damaged
-        return source.read(HEAD)  # unpacked
-    return b""  # nothing is known
 
 def wide_encoding(head):  # → "utf-16-le" and the like for text of two or four bytes a letter, else ""
     for mark, name in MARKS.items():  # the longer ones first
@@ -327,10 +325,11 @@ def nul(path):  # of a file that holds NUL characters
 
 def encoding(path, error):  # error (UnicodeDecodeError): of a part of a file that is no UTF-8
     """Return how to convert such a file. Only Windows-1252 is named, with all its letters for the reader to judge."""
-    if error.reason == "unexpected end of data":  # a copy, or a download, that was stopped
-        return "the file ends within a letter: it was cut short; copy it anew"  # iconv would not help
-    with (gzip.open if is_gzip(path) else open)(path, "rb") as source:  # an error is rare
+    with opener(path)(path, "rb") as source:  # an error is rare
         text = source.read(10_000_000)  # bytes: enough to see its letters
+    known = re.search(rb"[\x80-\xff]", text[:-3])  # letters that were UTF-8, if the last one is the first fault
+    if error.reason == "unexpected end of data" and known:  # a copy, or a download, that was stopped
+        return "the file ends within a letter: it was cut short; copy it anew"  # iconv would not help
     high = re.findall(rb"[\x80-\xff]", text)  # bytes that are no ASCII
     pairs = re.findall(rb"[\x80-\xff]{2}", text)  # side by side, as in Chinese, Japanese, Russian
     if re.search(rb"[\x80-\x9f]", text) and len(pairs) * 4 < len(high):  # quotes, dashes and euros of Windows
@@ -362,7 +361,7 @@ def jq(program, path):  # program (str): for jq; path (str): .json or .jsonl, pe
     return f"{command} > {new}, and give {new}"  # can be pasted
 
 def rows_of(path):  # → the rows of a .json or .jsonl file, of any layout; ValueError where it is broken
-    with (gzip.open if is_gzip(path) else open)(path, "rt", encoding="utf-8-sig") as source:  # an error is rare
+    with opener(path)(path, "rt", encoding="utf-8-sig") as source:  # an error is rare
         text = source.read()  # whole: each row has to fit what is advised
     at, rows, decoder = 0, [], json.JSONDecoder()  # at: where the next value begins
     while at < len(text):  # one value after the other
@@ -371,6 +370,9 @@ def rows_of(path):  # → the rows of a .json or .jsonl file, of any layout; Val
             value, at = decoder.raw_decode(text, at)  # over several lines, or not
             rows.append(value)  # an object, an array
     return rows[0] if len(rows) == 1 and isinstance(rows[0], list) else rows  # an array is taken apart
+
+def each_of(path):  # → the beginning of a program for jq: ".[] | " where a file holds one array, or ""
+    return ".[] | " * (head_of(path).lstrip(b"\xef\xbb\xbf \n\r\t")[:1] == b"[")  # behind a mark and blanks
 
 def joined(row, names):  # row (dict); names: its columns → a program for jq, or "" where none would do
     values = [row.get(name) for name in names]  # text, or lists of turns
@@ -417,8 +419,7 @@ def conversation(found, path):  # path (str) of a file that jq can read, or ""
         rows = rows_of(path) if path else []  # all of them
         programs = {joined(row, spoken) if isinstance(row, dict) else "" for row in rows}  # one, if all are alike
         if len(programs) == 1 and "" not in programs:  # else rows would be lost
-            each = ".[] | " * (head_of(path).lstrip(b"\xef\xbb\xbf \n\r\t")[:1] == b"[")  # of an array
-            way = f", for example with {jq(each + programs.pop(), path)}"  # keeps who speaks
+            way = f", for example with {jq(each_of(path) + programs.pop(), path)}"  # keeps who speaks
     left = [name for name in found if name not in spoken]  # such as context, id
     lost = f" ({', '.join(left)} would be left out)" * bool(left and way)  # nothing is silent
     return f"{' and '.join(spoken)} hold questions and answers: make one column 'text' of them{way}{lost}"  # for now
@@ -432,10 +433,9 @@ def nested(path, column):  # path (str) of a file that jq can read
         fits = {name: items for name, items in fits.items() if {*map(type, items)} == {dict}}  # lists of objects
         known = [name for name, items in fits.items() if all(column in item for item in items)]  # those with the column
         alone = sorted(fits, key=lambda name: -len(fits[name])) if len(rows) == 1 else []  # else lists belong to rows
-        for name in known + alone:  # the likeliest first
-            each = ".[] | " * (head_of(path).lstrip(b"\xef\xbb\xbf \n\r\t")[:1] == b"[")  # of an array
-            program = f"{each}.[{json.dumps(name)}][]"  # any name is allowed in quotes
-            return f"the rows are a list in {name!r}: take them out with {jq(program, path)}"  # one a line
+        if found := known + alone:  # the likeliest first
+            program = f"{each_of(path)}.[{json.dumps(found[0])}][]"  # any name is allowed in quotes
+            return f"the rows are a list in {found[0]!r}: take them out with {jq(program, path)}"  # one a line
     return ""  # main.py names --text_column
 
 def separated(names, column):  # names: those of a table that seems to have one column
