@@ -11,7 +11,7 @@ test_real_weights      the real 270M model, as a user gets it
 test_gpu               what only a GPU can tell; bash tests/run.sh --gpu runs it, no other call collects it
 
 A run that several tests look at is a session fixture, here. A helper that two files need is in helpers.py. A test that
-needs a program says need("ip"); one that takes more than ten seconds is marked slow.
+needs a program says need("ip"); one that takes more than a few seconds is marked slow.
 """
 
 import json

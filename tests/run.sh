@@ -2,7 +2,7 @@
 # Runs the tests on a fresh machine: needs Python 3.10 or newer with venv, and pip.
 #
 #     bash tests/run.sh             everything: also the quickstart on the real weights, in a fresh copy
-#     bash tests/run.sh --fast      about three minutes: the tiny model only
+#     bash tests/run.sh --fast      about four minutes: the tiny model only
 #     bash tests/run.sh -k csv      further words go to pytest
 #     bash tests/run.sh --gpu       ten minutes on a GPU: values, then speeds; installs nothing (docs/gpu.md)
 
@@ -38,7 +38,7 @@ fi
 choice=()  # all tests
 if [ "${1:-}" = --fast ]; then  # leaves out what is marked slow
     shift  # the rest belongs to pytest
-    choice=(-m "not slow")  # about three minutes on two cores
+    choice=(-m "not slow")  # about four minutes on two cores
 fi
 .venv/bin/ruff check .  # names, imports, line lengths
 exec .venv/bin/python -m pytest -q --durations=10 "${choice[@]}" "$@"  # pytest's last line counts the tests

@@ -184,6 +184,7 @@ def test_data_that_changed_since_is_refused_until_it_is_right_again(stopped):
     assert "Going on from" in finish(*argv).out and in_child(same_weights, whole, output)
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_directory_is_refused(stopped):
     """B10: with host and process of the first; the lock of a dead one does not matter."""
     argv, output, _ = stopped
@@ -341,6 +342,7 @@ def test_old_checkpoints_go_and_the_newest_stay(finished):
     assert len(kept) == 3 and kept[-1] == max(entry["step"] for entry in logged(output))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["out", "link"])
 def test_the_chosen_checkpoint_and_its_best_one_outlive_the_limit(where, evaluated_flags, tmp_path):
     """B10, F20, F22: however --output_dir is written; the same command goes on from it as often as it is killed."""

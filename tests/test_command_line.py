@@ -287,6 +287,7 @@ def test_fp16_that_accelerate_asks_for_is_refused_on_the_cpu(refuse):
     refuse(GOOD, "--mixed_precision fp16", "GPU", "--bf16", env={"ACCELERATE_MIXED_PRECISION": "fp16"})
 
 
+@pytest.mark.slow
 def test_main_py_works_without_its_tools(tiny, train, tmp_path):
     """S1: a copy of main.py alone trains, and still ends in a sentence."""
     (tmp_path / "main.py").write_text((ROOT / "main.py").read_text())
@@ -302,6 +303,7 @@ def test_main_py_works_without_its_tools(tiny, train, tmp_path):
 # ── The terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lines", [1, 8])
 def test_a_reader_who_has_read_enough_ends_the_run_quietly(lines, tiny, train, tmp_path):
     """`main.py … | head`: status 141, as a shell has it for SIGPIPE, and no word on disks or pipes."""
@@ -313,6 +315,7 @@ def test_a_reader_who_has_read_enough_ends_the_run_quietly(lines, tiny, train, t
     assert not re.search("rror|Traceback|pipe", done.err, re.I), done.err
 
 
+@pytest.mark.slow
 def test_a_terminal_that_knows_only_ascii_gets_ascii(tiny, tmp_path):
     """Paths with other letters are escaped, on stdout and in a sentence; nothing breaks."""
     text = write_jsonl(tmp_path / "täxt.jsonl", ROWS)

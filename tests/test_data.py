@@ -201,6 +201,7 @@ def flags(tiny, texts, tmp_path, *more):
             "--output_dir", tmp_path / "out", "--max_seq_length", 64, "--max_steps", 1, *more]  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_the_cache(tiny, tmp_path, texts):
     """B13: another process finds rows, tokens and chunks; a changed flag, length, file or tokenizer makes them anew."""
     work = ("Generating train_rows", "Tokenizing train", "Generating train_chunks")

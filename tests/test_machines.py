@@ -215,6 +215,7 @@ def meeting(folder, address, before="", lookups="files", **settings):
     return said, time.time() - began
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address", ["::1", "[::1]", "fd00:77::1", "[fd00:77::1]", "FD00:77:0::1", "node6", "127.0.0.1",
                                      "127.0.0.5", "node0", "both"])  # fmt: skip
 def test_every_form_of_an_address_of_this_machine_is_known_and_reached(address, tmp_path):
@@ -237,6 +238,7 @@ def test_a_main_address_by_which_nobody_is_reached_is_said_at_once_by_both(addre
     assert seconds < 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("address, shown", [("elsewhere", "elsewhere"), ("elsewhere6", "elsewhere6"),
                                             ("fd00:77::9", "[fd00:77::9]")])  # fmt: skip
 def test_an_address_of_another_machine_is_refused_by_the_main_one_alone(address, shown, tmp_path):
@@ -261,6 +263,7 @@ while True:
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("known", [True, False])
 def test_a_name_server_that_comes_late_is_waited_for_and_named(known, tmp_path):
     """N1, N3: no answer is no verdict; once it answers the name is used, or refused."""
@@ -273,6 +276,7 @@ def test_a_name_server_that_comes_late_is_waited_for_and_named(known, tmp_path):
     assert 4 < seconds < 15
 
 
+@pytest.mark.slow
 def test_without_a_name_server_both_give_up_after_node_wait(tmp_path):
     """N1, N3: with the cause, and what needs no name server."""
     said, _ = meeting(tmp_path, "main.example", lookups="dns", NODE_WAIT=3)

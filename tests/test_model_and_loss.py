@@ -93,6 +93,7 @@ MODELS = {  # case: what is done to a good model, words of the sentence
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("closed", "words"), [
     ("model.safetensors", ["no permission for model.safetensors", "chmod +r"]), (".", ["no permission", "chmod +rx"])])
 def test_a_model_that_may_not_be_read_is_called_that(closed, words, refuse, tiny, tmp_path):

@@ -289,6 +289,7 @@ def test_tensorboard_has_the_curves(finished):
     assert wanted <= events(output / "runs").keys()
 
 
+@pytest.mark.slow
 def test_the_last_steps_are_logged_as_well(tiny, tmp_path, texts):
     """F17: --logging_steps may be more than all steps, or no divisor of them; the last line is a mean of the rest."""
     rows = {}
@@ -488,6 +489,7 @@ def test_each_epoch_sees_every_chunk_once_in_an_order_of_its_own(two_epochs, tmp
     assert len({tuple(order) for order in orders}) == 4
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_order(tiny, tmp_path, texts):
     """F23: same seed, same weights; another seed, another order."""
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
