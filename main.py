@@ -34,7 +34,6 @@ import signal  # SIGTERM and Ctrl-C
 import socket  # names and addresses of machines
 import sys  # arguments, exit status, standard error
 import tempfile  # tries whether a directory can be written
-import threading  # hears of errors in TensorBoard's writer thread
 import time  # speed, and the seconds of all calls
 import warnings  # silences one of torch's
 from contextlib import contextmanager, suppress  # with statements of our own; errors that do not matter
@@ -47,6 +46,7 @@ from os.path import abspath, basename, dirname, exists, getsize, isdir, isfile, 
 DOCUMENTS = (".txt", ".md")  # a file is one text, unless --sample_by cuts it
 FORMATS = (*DOCUMENTS, ".json", ".jsonl", ".csv", ".tsv", ".parquet")  # the others hold a text in each row
 SPEAKER = os.environ.get("LOCAL_RANK", "0") == "0"  # True in one process of each machine, the one that speaks
+ADD_UP = ("--train_file", "--validation_file", "--sample_prompt")  # flags that may be repeated
 PARTIAL = "makes checkpoints that no run can go on from"  # no optimizer state, or only one rank's part
 REFUSED = {  # flags of the Trainer that would break a promise of the README, and why
     "--save_only_model": PARTIAL, "--enable_jit_checkpoint": PARTIAL,  # no optimizer; a SIGTERM handler
@@ -59,6 +59,8 @@ REFUSED = {  # flags of the Trainer that would break a promise of the README, an
     "--eval_do_concat_batches": "leaves no mean over all chunks",  # losses would come as one array per batch
     "--overwrite_output_dir": "would lose what an earlier run has made"}  # a flag of transformers 4
 
+MISSING = "the folder tools/ is not beside main.py"  # what is tried before its use is not used then
+
 # ── Command line ───────────────────────────────────────────────────────────────────────────────────
 def log0(*lines):  # progress goes to standard output, from rank 0 alone
     if lines and os.environ.get("RANK", "0") == "0":  # launchers set RANK; a single process has none
@@ -67,9 +69,9 @@ def die(sentence, status=2, speaks=SPEAKER):  # ends the run; status 2: a wrong 
     end = SystemExit(status)  # no Exception, so that no library catches or wraps it
     vars(end).update(sentence=sentence, speaks=speaks)  # read by reported(), and sent to other ranks
     raise end  # caught by reported(), which stands around everything
-def die_if(wrong, sentence):  # wrong: any value; what is true or not empty ends the run
+def die_if(wrong, sentence, status=2):  # wrong: any value; what is true or not empty ends the run
     if wrong:  # saves an if and a line at each check
-        die(sentence)  # with status 2: the call or the data is wrong
+        die(sentence, status)  # 2: the call or the data is wrong
 
 @contextmanager  # makes `with reported():` possible
 def reported():  # around the command line, the imports and main(): prints the sentence of die()
@@ -88,9 +90,12 @@ def reported():  # around the command line, the imports and main(): prints the s
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # else Python complains once more at its end
         raise SystemExit(141) from None  # 128 + SIGPIPE, as a shell shows it; nothing is said
 
-def advice(topic, *facts):  # → what tools/advice.py knows of something wrong; "" where main.py stands alone
-    path = join(dirname(realpath(__file__)), "tools", "advice.py")  # words that a sound run does not need
-    return runpy.run_path(path)[topic](*facts) if isfile(path) else ""  # topic: the name of a function there
+def ask(topic, *facts, otherwise=""):  # topic: "report.plan" is the function plan() of tools/report.py
+    file, name = topic.split(".")  # read only when it is needed; otherwise: where main.py stands alone
+    path = join(dirname(realpath(__file__)), "tools", f"{file}.py")  # has what is around a training
+    return runpy.run_path(path)[name](*facts) if isfile(path) else otherwise  # what the function returns
+def advice(topic, *facts):  # → what tools/advice.py knows of something wrong, or ""
+    return ask(f"advice.{topic}", *facts)  # words
 def refuse(topic, *facts):  # ends the run, if tools/advice.py finds a fault, which would show later or never
     fault = advice(topic, *facts)  # a sentence, or ""
     die_if(fault, fault)  # with status 2
@@ -114,7 +119,7 @@ def trainer_flags():  # names of the Trainer's 114 flags, read from its source i
 
 def parse_args(argv=None):  # list[str], or None for the process's own words
     """Return the Namespace of our flags, `given` (flags as typed), `trainer_argv` (words for the Trainer)."""
-    parser = argparse.ArgumentParser(  # knows our 40 flags; the Trainer's are left over
+    parser = argparse.ArgumentParser(  # knows our 46 flags; the Trainer's are left over
         usage="python main.py (--dataset_name NAME | --train_file FILE ...) [flags]",  # instead of all flags
         description="Fine-tune Google's Gemma 3 270M on text.",  # the second paragraph of --help
         epilog="All other flags of transformers.TrainingArguments work too.",  # about 90 flags
@@ -140,6 +145,7 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add("--max_seq_length", type=bounded(int, 2), default=2048, help="tokens per chunk")  # the context learnt
     add("--no_truncation", **switch, help="keep texts longer than a chunk whole")  # for long documents
     add("--add_eos", **switch, help="end each text with the end-of-sequence token")  # teaches where to stop
+    add("--validation_split_percentage", type=positive, help="of the texts, held out for evaluation")  # by the seed
     add("--max_train_samples", type=count, help="train on the first N chunks only")  # for a quick try
     add("--max_eval_samples", type=count, help="evaluate on the first N chunks only")  # for quick evaluations
     add("--preprocessing_num_workers", type=count, help="threads that tokenize")  # unset: one on each core
@@ -163,10 +169,11 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add("--logging_steps", type=positive, default=10, help="steps between log lines")  # a line is their mean
     add("--save_steps", type=positive, default=500, help="steps between checkpoints")  # 3.2 GB each
     add("--eval_steps", type=positive, default=500, help="steps between evaluations")  # needs validation data
+    add("--early_stopping_patience", type=count, help="end after so many evaluations that are no better")  # in a row
+    add("--sample_prompt", nargs="+", action="extend", help="texts to continue at each evaluation")  # into the log
     add("--metric_for_best_model", choices=("loss", "eval_loss"), help="unset: loss")  # perplexity follows
     add("--save_total_limit", type=count, default=3, help="newest checkpoints that are kept")  # older ones go
-    add("--save_dtype", choices=("bfloat16", "float16", "float32"),  # 0.54, 0.54 or 1.07 GB
-        help="dtype of the finished model; unset: that of its base")  # checkpoints keep float32
+    add("--save_dtype", choices=("bfloat16", "float16", "float32"), help="unset: that of the base")  # float32: 1.07 GB
     add("--report_to", nargs="+", default=["tensorboard"], help="where curves go, or none")  # wandb, mlflow and more
     add("--resume_from_checkpoint", **path, help="go on from this one, not the newest")  # from any output_dir
     add = parser.add_argument_group("misc").add_argument  # processes, repeatability, what to do
@@ -174,20 +181,31 @@ def parse_args(argv=None):  # list[str], or None for the process's own words
     add("--ddp_backend", choices=("nccl", "gloo"), help="unset: nccl, on CPUs gloo")  # the library that sums gradients
     add("--ddp_comm_hook", choices=("bf16",), help="send gradients in bfloat16")  # for slow networks
     add("--seed", type=bounded(int, 0), default=42, help="of chunks' order, new weights, dropout")  # chance
+    add("--config", **path, help="YAML file of flags; the command line wins")  # name: value, one a line
+    add("--dry_run", **switch, help="only tell how long it takes, what memory, what disk")  # by three steps
     add("--do_train", **switch, help="train; on unless --do_eval is given alone")  # a name from run_clm.py
     add("--do_eval", **switch, help="given alone: only evaluate on the validation data")  # and no training
     words = sys.argv[1:] if argv is None else argv  # tests pass words of their own
     words = [re.sub(r"^--[\w-]+", lambda flag: "--" + flag[0][2:].replace("-", "_"), word)  # --a-b is --a_b
              for word in words]  # values keep their hyphens
-    args, args.trainer_argv = parser.parse_known_args(words)  # left over: the Trainer's, or a slip
+    args, rest = parser.parse_known_args(words)  # rest: the Trainer's, or a slip
     known = [f"--{name}" for name in [*vars(args), *trainer_flags()]]  # args holds every flag of ours
+    if args.config:  # flags that the command line does not give
+        facts = (args.config, words, known, lambda flag: advice("flag", flag, known))  # what an unknown one may mean
+        more, note, fault = ask("config.words", *facts, otherwise=([], "", MISSING))  # more: as if typed
+        die_if(fault, fault)  # no such file, no such flag
+        log0(note)  # what the command line replaces
+        parser.error = lambda message: die(f"--config {args.config}: {message}")  # the rest was sound
+        words += more  # none of them stands on the command line
+        args, rest = parser.parse_known_args(words)  # of both
+    args.trainer_argv = rest  # for make_training_arguments()
     args.given = [word.partition("=")[0] for word in words if word.startswith("--")]  # "--seed=1" → "--seed"
     bare = [flag.replace("--no_", "--") for flag in args.given]  # the Trainer's switches may say --no_
     for flag, name in zip(args.given, bare, strict=True):  # before the heavy imports
         die_if(name in REFUSED, f"{flag} {REFUSED.get(name)}: leave it out")  # it breaks a promise
         if not {flag, name} & {*known}:  # misspelt, or of another trainer
             die(f"unknown flag {flag}{advice('flag', flag, known)}; see --help")  # and what may be meant
-        die_if(bare.count(name) > 1 and name not in ("--train_file", "--validation_file"),  # one would win
+        die_if(bare.count(name) > 1 and name not in ADD_UP,  # one value would win
                f"{flag} is given twice: leave one out")  # perhaps a script adds the second
     check_args(args)  # combinations and paths; may end the run
     return args  # sound, as far as can be told without torch
@@ -197,7 +215,6 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
         args.model_name_or_path = "google/gemma-3-270m"  # the published name from here on
         log0("google/gemma-270m is published as google/gemma-3-270m: using that.")  # printed once, by rank 0
     args.evaluate_only = eval_only = args.do_eval and not args.do_train  # True: no training, no checkpoints
-    die_if(not exists(os.readlink("/proc/self/cwd")), "the current directory was removed: cd to another")  # (deleted)
     home = os.environ.get("HF_HOME", join(os.environ.get("XDG_CACHE_HOME", "~/.cache"), "huggingface"))  # by default
     cache = args.cache_dir or os.environ.get("HF_DATASETS_CACHE", join(home, "datasets"))  # as datasets
     args.cache_dir = os.path.expanduser(cache)  # named in sentences
@@ -205,24 +222,23 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     args.validation_file = expand_files("--validation_file", args.validation_file)  # [] without the flag
     args.resume_from_checkpoint = args.resume_from_checkpoint and realpath(args.resume_from_checkpoint)  # or None
     output = args.output_dir  # may not exist yet
-    run = any(glob(mark, root_dir=output) for mark in (".lock", "manifest.json", "checkpoint-[0-9]*"))  # in output
     refuse("call", args, log0)  # what would fail behind minutes of work, or be ignored; notes on what is odd
     die_if(args.dataset_name and args.train_file + args.validation_file,  # data given twice
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
     need = "validation_file" if eval_only else "train_file"  # the data that this call cannot do without
     die_if(not (args.dataset_name or vars(args)[need]), f"no data: give --dataset_name or --{need}")  # nothing to read
-    die_if(eval_only and run, f"--output_dir {output} holds a training run: choose another for --do_eval")  # unmixed
-    die_if(exists(f"{args.model_name_or_path}/adapter_config.json"),  # of PEFT, alone or beside its base
-           f"--model_name_or_path {args.model_name_or_path} holds an adapter, which would be ignored: save the "
-           "model with the adapter merged into it (merge_and_unload), and give that directory")
     die_if(not eval_only and realpath(output) == realpath(args.model_name_or_path),  # the base model would be replaced
            f"--output_dir {output} is the model to start from: choose another directory")
-    for flag, folder in (("--output_dir", output), ("--cache_dir", args.cache_dir)):  # tried before the work
+    args.output_dir_asked = output  # in which a dry run writes nothing
+    if args.dry_run:  # beside it, on the same disk; removed at the end
+        folder, name = os.path.split(abspath(output))  # the disk that the run will fill
+        args.output_dir = join(folder, f".{name}.dry-run")  # hidden: no name that a user has given
+    for flag, folder in (("cache_dir", args.cache_dir), ("output_dir", args.output_dir)):  # tried before the work
         try:  # a read-only disk, a file in the way, no permission
             os.makedirs(folder, exist_ok=True)  # makes the directories above it, too
             tempfile.TemporaryFile(dir=folder).close()  # a file of no name, gone once closed
         except OSError as error:  # error.strerror is the reason, from Linux
-            die(f"{flag} {folder}: no files can be written there ({error.strerror}); choose another")  # Linux's reason
+            die(f"--{flag} {folder}: no files can be written there ({error.strerror}); choose another")  # why
 
 def kind_of(path):  # → ".jsonl", also for X.JSONL.gz
     return os.path.splitext(path.lower().removesuffix(".gz"))[1]  # "" for a name without an ending
@@ -257,6 +273,7 @@ class Signals:  # what has been received, and what becomes of it
         self.received = 0  # number of the first signal, 0 before one has come
         self.since = 0.0  # time of the first signal, seconds since 1970
         self.in_training = False  # True: a signal waits for the end of the step
+        self.scratch = None  # a directory that goes with the process: that of a dry run
         self.launcher = 0  # process id of accelerate or torchrun, 0 without one
         for number in STOPS:  # both mean: stop, but lose nothing
             signal.signal(number, self.receive)  # Python calls receive() between two instructions
@@ -280,6 +297,7 @@ class Signals:  # what has been received, and what becomes of it
                 with reported():  # writes the sentence
                     self.leave(number, "")  # checkpoints saved before are whole
             except SystemExit as end:  # from reported(); 128 + 15 or 2, or 1
+                shutil.rmtree(self.scratch or "", ignore_errors=True)  # of a dry run
                 os._exit(end.code)  # at once: nothing is left to do
     def leave(self, number, saved):  # every signal ends here; saved: words on a checkpoint, or ""
         self.in_training = False  # a further signal ends the run at once
@@ -304,7 +322,6 @@ with reported():  # also for a signal that comes during the imports
         import accelerate  # the Trainer's layer for ranks and devices
         import datasets  # Arrow files, memory-mapped: data may be larger than memory
         import numpy as np  # arrays of ids, cut into chunks
-        import psutil  # addresses of network interfaces
         import pyarrow as pa  # Arrow, the file format of the cache
         import pyarrow.compute as pc  # counts and cuts lists without Python objects
         import pyarrow.parquet as pq  # reads .parquet files
@@ -316,7 +333,6 @@ with reported():  # also for a signal that comes during the imports
         from datasets.packaged_modules.generator.generator import Generator  # the builder of from_generator()
         from datasets.utils.info_utils import get_size_checksum_dict as checksum  # size and SHA-256 of a file
         from torch.nn.attention.varlen import varlen_attn  # Flash Attention with windows, for CUDA alone
-        from torch.nn.functional import scaled_dot_product_attention as sdpa  # attention for every device
         from transformers.integrations import integration_utils  # has the Trainer's TensorBoard callback
         from transformers.trainer_utils import get_last_checkpoint, speed_metrics  # newest checkpoint; speeds
     except (ImportError, OSError) as missing:  # a fresh machine, or half an installation
@@ -386,12 +402,8 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
     seconds = getattr(args, "ddp_timeout", 600)  # the default after a wrong call
     patience = timedelta(seconds=seconds + (0 if cpu else 120))  # gloo gives up first: NCCL gives no reason
     try:  # some rank may never come
-        kind, *_, place = socket.getaddrinfo(os.environ["MASTER_ADDR"], 9, type=socket.SOCK_DGRAM)[0]  # IPv4 or IPv6
         if os.environ.get("LOCAL_WORLD_SIZE") != str(size):  # several machines: gloo would trust the host name
-            with suppress(OSError, KeyError), socket.socket(kind, socket.SOCK_DGRAM) as query:  # else gloo chooses
-                query.connect(place)  # UDP sends nothing: Linux looks up the route, for IPv4 or IPv6
-                names = {part.address: name for name, parts in psutil.net_if_addrs().items() for part in parts}  # eth0
-                os.environ.setdefault("GLOO_SOCKET_IFNAME", names[query.getsockname()[0]])  # the user's own stays
+            ask("network.choose_interface", os.environ["MASTER_ADDR"])  # the one that leads to rank 0
         state = accelerate.PartialState(cpu, backend=getattr(args, "ddp_backend", None), timeout=patience)  # gradients
         state.wait_for_everyone()  # NCCL connects only now
         ranks.prompt = dist.new_group(backend="gloo", timeout=timedelta(seconds=seconds))  # used at each step
@@ -405,10 +417,10 @@ def join_group(args):  # → Ranks, connected before a device is touched; args m
 
 # ── The Trainer's arguments ────────────────────────────────────────────────────────────────────────
 HARMLESS = tuple(  # beginnings of flags that change no weights: they may differ when a run goes on
-    "output_dir log save_ eval_ do_ hub_ push_ report_to run_name project trackio_ disable_tqdm debug skip_ "
+    "output_dir log save_ eval_ do_ hub push_ report_to run_name project trackio_ disable_tqdm debug skip_ "
     "include_ batch_eval per_device_eval prediction_ label_names length_column dataloader_ metric_ "
     "ddp_b ddp_f ddp_t local_rank use_cpu torch_empty resume_ validation_file max_eval preprocessing_ "
-    "cache_dir overwrite_ evaluate_only given trainer_argv".split())  # some count if losses steer: see run_settings()
+    "cache_dir overwrite_ evaluate_only given trainer_argv config dry_run sample_p vocab".split())  # run_settings() too
 
 def make_training_arguments(args):  # → transformers.TrainingArguments, vetted, or a sentence
     cpu = not torch.cuda.is_available()  # True: the same command trains on the CPU
@@ -433,16 +445,18 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     die_if(rest, f"{', '.join(map(repr, rest))} belongs to no flag: leave it out, or put --train_file before")  # stray
     asked = os.environ.pop("ACCELERATE_DYNAMO_BACKEND", "NO").lower()  # by `accelerate config`
     backend = plan.torch_compile_backend or {"no": None}.get(asked, asked)  # None without any wish
-    mode = plan.torch_compile_mode  # such as max-autotune-no-cudagraphs, or None
+    mode = plan.torch_compile_mode  # max-autotune-no-cudagraphs, default or None
     forbidden = {"--torch_compile", "--no_torch_compile"} & {*args.given} and not plan.torch_compile  # by a flag
-    die_if(mode not in (None, "default", "max-autotune-no-cudagraphs"),  # torch documents it for accumulation
-           f"--torch_compile_mode {mode}: known are default and max-autotune-no-cudagraphs; the others use "
-           "CUDA graphs, which cannot add up the gradients of several batches")
     wanted = not forbidden and bool(plan.torch_compile or backend or mode)  # any of them
     args.torch_compile = wanted and {"backend": backend or "inductor", "mode": mode}  # False: none
     plan.torch_compile = plan.torch_compile_backend = plan.torch_compile_mode = None  # each would compile all
     for name in ("fsdp", "deepspeed"):  # `accelerate config` may have them switched on
         die_if(os.environ.get(f"ACCELERATE_USE_{name.upper()}") == "true", f"accelerate's {name} {PARTIAL}")  # sharded
+    plan.load_best_model_at_end |= bool(args.early_stopping_patience)  # the last model is not the best
+    args.hub = plan.push_to_hub and (plan.hub_model_id, plan.hub_token, plan.hub_private_repo)  # for push()
+    plan.push_to_hub = False  # the Trainer would upload locks and optimizer states
+    plan.hub_token = None  # checkpoints hold the Trainer's arguments
+    plan.report_to = "none" if args.dry_run else plan.report_to  # three steps make no curve
     if not args.evaluate_only:  # the Trainer shall not reach published checkpoints
         plan.output_dir = join(args.output_dir, ".staging")  # on_save() publishes what is whole
     try:  # TrainingArguments check combinations of their own
@@ -455,14 +469,13 @@ def make_training_arguments(args):  # → transformers.TrainingArguments, vetted
     if made.n_gpu > 1:  # the Trainer would copy the model to all GPUs at every step
         log0(f"note     of {made.n_gpu} GPUs one is used: accelerate launch --num_processes N uses more")  # N ranks
         made._n_gpu = 1  # CUDA_VISIBLE_DEVICES chooses the GPU
-    die_if(made.use_liger_kernel and args.torch_compile,  # Liger would replace parts of compiled layers
-           "--use_liger_kernel and --torch_compile exclude each other: leave one out")
     if made.use_liger_kernel:  # Liger's layers are welcome, its loss would replace ours
         made.liger_kernel_config = {"fused_linear_cross_entropy": False, "cross_entropy": False}  # ours stays in use
     return made  # vetted; its device is set up
 
 def check_plan(args, training_args, ranks):  # ends all ranks, unless machines agree and share output_dir
-    own = ("given", "trainer_argv", "cache_dir", "preprocessing_num_workers", "local_rank")  # a machine's own
+    own = ["given", "trainer_argv", "cache_dir", "preprocessing_num_workers", "local_rank"]  # a machine's
+    own += ["config", "hub", "vocabulary"]  # paths and a token
     flags = training_args.to_dict() | vars(args)  # the Trainer's flags and ours
     facts = {f"--{name}": value for name, value in flags.items() if name not in own}  # even harmless flags
     facts |= {name: version(name) for name in ("torch", "transformers", "accelerate", "datasets")}  # packages
@@ -511,6 +524,7 @@ class Run:  # who this run is; run.json keeps settings, versions and chosen
     output_dir: str  # where the finished model goes
     ranks: Ranks  # all processes of this run
     signals: Signals  # SIGTERM or SIGINT, if one has come
+    args: object = None  # argparse.Namespace: the flags of this call
     lock: object = None  # the open lock file; None for --do_eval and on ranks other than 0
 @dataclass  # made by verify(), returned by find_checkpoint()
 class Resume:  # where this call goes on from
@@ -622,7 +636,7 @@ LOGITS_BYTES = {"cuda": 1.1e9, "cpu": 0.135e9}  # the buffer: 2,098 tokens in 16
 SOFTMAX_ROWS = {"cuda": 256, "cpu": 16}  # tokens at a time, 1 MB each in float32, where nothing is compiled
 VOCABULARY_PART = {"cpu": 8_192}  # words that a CPU multiplies at a time, 10 MB; a GPU takes all
 GRAD_SCALE = {torch.float16: 2.0**15}  # float16 ends at 6e-8: gradients are held 32,768 times as large
-COMPILED = {}  # ("cuda", dtype): softmax_gradients(), compiled, once try_compiler() has seen it work
+COMPILED = {}  # ("cuda", dtype): softmax_gradients(), compiled, once a trial has seen it work
 
 def loaded(flag, name, load, *args, **named):  # → load(*args, **named), or a sentence that says what is wrong
     try:  # the hub's libraries raise a dozen kinds of errors for a handful of reasons
@@ -649,12 +663,9 @@ def load_model(args):  # from the hub, its cache or a directory
     wrong = sorted(report["missing_keys"]) + sorted(key for key, *_ in report["mismatched_keys"])  # random
     die_if(wrong, f"{flag} {name} lacks a fitting {', '.join(wrong[:3])}: give a whole language model")  # random
     if not args.use_flash_attention:  # its kernels need a GPU, and the model is on the CPU here
-        ids = torch.tensor([[*range(8)], [*range(7), 8]])  # (2, 8): two texts that differ in their last token
-        with torch.no_grad():  # no gradients are wanted
-            one, other = model(input_ids=ids).logits[:, :7]  # (7, V) each: what follows the first 7 tokens
-        die_if((one - other).abs().max() > 1e-3 * one.std(),  # as in BERT; a causal model answers the same
-               f"{flag} {name}: its tokens see those behind them, so it cannot learn to predict the next "
-               "one: give a model like google/gemma-3-270m")
+        fault = ask("trials.causal", model)  # as of BERT, whose tokens see those behind them
+        die_if(fault, f"{flag} {name}: {fault}: give a model like google/gemma-3-270m")  # or ""
+    args.vocabulary = ask("publish.vocabulary", name)  # path of its tokenizer.model; "" if it has none
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token  # the collator asks; nothing is padded
     if len(tokenizer) > model.get_input_embeddings().num_embeddings:  # tokens were added to the tokenizer
         log0(f"note     new tokens, which the model has to learn: {len(tokenizer):,} in the tokenizer")  # random rows
@@ -662,9 +673,9 @@ def load_model(args):  # from the hub, its cache or a directory
     model._keys_to_ignore_on_save = {*model.all_tied_weights_keys}  # the Trainer does not call them missing
     return tokenizer, model  # the Trainer moves the model to the device
 
-def tried(what, trial, *args):  # → whether a trial on the device at hand goes well; if not, a note says why
+def tried(what, trial, *facts):  # → whether a trial of tools/trials.py goes well; if not, a note says why
     try:  # a compiler may be missing, a GPU too old, torch another one
-        why = trial(*args)  # "" or None if all is well, else words
+        why = ask(f"trials.{trial}", *facts, otherwise=MISSING)  # "" if all is well, else words
     except Exception as error:  # dozens of kinds: the compiler's, the driver's, torch's own
         if isinstance(error, torch.OutOfMemoryError):  # a full GPU
             raise  # explain() has a sentence for it
@@ -673,7 +684,6 @@ def tried(what, trial, *args):  # → whether a trial on the device at hand goes
         print(f"note     {what} is not used ({why}): slower, but not wrong", flush=True)  # the run goes on
     return not why  # True: what was tried is in use
 
-GQA_FLAG = {"enable_gqa": True} if "enable_gqa" in varlen_attn.__kwdefaults__ else {}  # torch 2.11 has none
 def windowed_attention(module, query, key, value, mask, scaling=None, sliding_window=None, **_):  # on CUDA
     """(B, heads, T, D) queries, (B, kv heads, T, D) keys and values → (B, T, heads, D), None; causal.
     Flash Attention from torch (arXiv:2307.08691): no mask is made, only the keys in the window are read."""
@@ -682,39 +692,15 @@ def windowed_attention(module, query, key, value, mask, scaling=None, sliding_wi
     starts = torch.arange(0, len(q) + 1, length, dtype=torch.int32, device=q.device)  # (B + 1,): borders
     window = (sliding_window - 1 if sliding_window else -1, 0)  # keys before and behind a token; -1: all
     out = varlen_attn(  # (B × T, heads, D)
-        q, k, v, starts, starts, length, length, scale=scaling, window_size=window, **GQA_FLAG)  # T: the longest
+        q, k, v, starts, starts, length, length, scale=scaling, window_size=window, enable_gqa=True)  # T: the longest
     return out.unflatten(0, (-1, length)), None  # None in the place of attention weights
-
-def try_attention(config, device, dtype):  # → "", or by how much windowed_attention() differs from sdpa
-    length = config.sliding_window + 128  # T, 640 for Gemma 3: the last 128 tokens do not see all others
-    heads = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)  # 4, 1 and 1
-    noise = torch.Generator(device).manual_seed(0)  # of its own: the run's random numbers are left alone
-    sizes = [(1, count, length, config.head_dim) for count in heads]  # of queries, keys and values
-    parts = [torch.randn(size, device=device, generator=noise).to(dtype) for size in sizes]  # q, k, v
-    at = torch.arange(length, device=device)  # places of the tokens
-    scale = config.head_dim**-0.5  # query · key times this is a score
-    upstream = parts[0][:, :, -128:]  # (1, heads, 128, D), d loss / d output: any numbers will do
-    for window in (config.sliding_window, None):  # sliding layers, full layers
-        leaves = [part.clone().requires_grad_() for part in parts]  # queries, keys, values in 16 bits
-        out, _ = windowed_attention(None, *leaves, None, scale, window)  # (1, T, heads, D)
-        out = out.transpose(1, 2)[:, :, -128:]  # (1, heads, 128, D)
-        ours = [out, *torch.autograd.grad(out, leaves, upstream)]  # output and three gradients
-        leaves = [part.float().requires_grad_() for part in parts]  # the same numbers in float32
-        mask = (at[:, None] >= at) & (at[:, None] - at < (window or length))  # (T, T): what a token may see
-        with torch.autocast(device.type, enabled=False):  # the judge computes in float32
-            out = sdpa(*leaves, attn_mask=mask, scale=scale, enable_gqa=True)[:, :, -128:]  # shaped as ours
-        theirs = [out, *torch.autograd.grad(out, leaves, upstream.float())]  # output and three gradients
-        errors = [((a - b).norm() / b.norm()).item() for a, b in zip(ours, theirs, strict=True)]  # relative
-        error = max(errors)  # 0.005 by rounding; a window that is wrong by one token gives 0.04
-        if not error < 0.02:  # nan fails, too
-            return f"it differs from sdpa by {error:.1%}"  # on this device, in this version of torch
-    return ""  # values and gradients are right
 
 def use_windowed_attention(model):  # where there is a kernel for it, and it gives what sdpa gives
     dtype = product_dtype(model.get_input_embeddings().weight)  # bfloat16 with --bf16
     kind = (model.config.model_type, model.config._attn_implementation, model.device.type)  # all must fit
     fits = kind == ("gemma3_text", "sdpa", "cuda") and dtype != torch.float32  # what its kernel is made for
-    if fits and tried("windowed attention", try_attention, model.config, model.device, dtype):  # since Ampere
+    trial = (windowed_attention, model.config, model.device, dtype)  # compared with sdpa in float32
+    if fits and tried("windowed attention", "attention", *trial):  # since Ampere
         transformers.AttentionInterface.register("windowed", windowed_attention)  # "flash" means a package
         model.set_attn_implementation("windowed")  # for a name of ours transformers makes no masks
 
@@ -747,25 +733,11 @@ def softmax_gradients(logits, targets, softcap, train):  # made to be compiled: 
     logits.copy_(grad)  # in the dtype of the logits
     return label, grad_label  # ChunkedLoss writes the label's: in here that would cost a second buffer
 
-def try_compiler(head, softcap):  # → "", or how a compiled softmax_gradients() differs; else COMPILED has it
+def use_compiled_softmax(head, softcap):  # on a GPU, where it works and gives the same values
     dtype = product_dtype(head)  # of the logits
     rows = int(LOGITS_BYTES[head.device.type] / (dtype.itemsize * len(head)))  # R of a full buffer
-    noise = torch.Generator(head.device).manual_seed(0)  # of its own: the run's random numbers are left alone
-    logits = torch.randn(rows, len(head), device=head.device, generator=noise, dtype=dtype)  # (R, V) noise
-    targets = torch.arange(rows, device=head.device)[:, None] % len(head)  # (R, 1): one label a row
-    few = logits[:8].clone()  # (8, V): for the uncompiled function
-    kernel = torch.compile(softmax_gradients)  # two graphs: for evaluations and for training
-    for tensor in (logits, targets):  # chunks have different numbers of tokens
-        torch._dynamo.maybe_mark_dynamic(tensor, 0)  # R may change without compiling anew
-    with torch.no_grad(), torch.autocast(head.device.type, enabled=False):  # as ChunkedLoss calls it
-        kernel(logits, targets, softcap, False)  # compiles the graph of evaluations
-        ours = (*kernel(logits, targets, softcap, True), logits)  # the graph of training: (R, 1), (R, 1), (R, V)
-        theirs = (*softmax_gradients(few, targets[:8], softcap, True), few)  # the same for eight tokens
-    for one, other in zip(ours, theirs, strict=True):  # losses, gradients of labels, gradients of all words
-        if not torch.allclose(one[:8].float(), other.float(), rtol=2e-2, atol=1e-7):  # bfloat16: 0.8 %
-            return "it changes the values"  # on this device, in this version of torch
-    COMPILED[head.device.type, dtype] = kernel  # ChunkedLoss takes it from here on
-    return ""  # values and gradients are right
+    trial = (softmax_gradients, COMPILED, rows, head, dtype, softcap)  # a success is put into COMPILED
+    return tried("a compiled loss", "softmax", *trial)  # else 256 rows at a time
 
 class ChunkedLoss(torch.autograd.Function):  # replaces head and cross entropy
     """(hidden (N, H), head (V, H), labels (N,), softcap, train) → (sum of the losses, losses (N,)), float32.
@@ -834,20 +806,9 @@ def use_chunked_loss(model):  # replaces the model's own loss
         if num_items_in_batch is None:  # tokens that are learnt from in the step
             num_items_in_batch = (labels != -100).sum().clamp(min=1)  # never 0: 0/0 is no number
         return {"loss": total / num_items_in_batch, "token_losses": losses.view(labels.shape)}  # by token
-    def trial():  # → "" if eight tokens cost the same by both losses
-        if not isinstance(head, torch.nn.Linear) or head.bias is not None:  # more than one matrix
-            return "this model's own head holds all logits"  # as plain transformers does
-        if getattr(model.config, "output_router_logits", False):  # a small part of the loss is for experts
-            return "this model's own holds all logits, and shows a loss with a part for its experts"  # in training
-        if head.weight.is_cuda:  # a CPU is as fast without a compiler
-            tried("a compiled loss", try_compiler, head.weight, softcap)  # else 256 rows at a time
-        ids = torch.arange(8, device=head.weight.device)[None]  # (1, 8): enough to tell two losses apart
-        with torch.no_grad():  # finds scaled logits, or a loss of experts
-            theirs = own(ids, labels=ids).loss.float()  # scalar: mean loss by the model's own head
-        ours = forward(ids, labels=ids)["loss"]  # scalar: mean loss by ChunkedLoss, with its gradients
-        same = torch.isclose(theirs, ours, rtol=1e-2, equal_nan=True)  # room for two roundings to 16 bits
-        return "" if same.item() else "this model's own is another one, and holds all logits"  # scaled, say
-    fits = tried("the chunked loss", trial)  # a GPU's products are tried, too
+    if isinstance(head, torch.nn.Linear) and head.weight.is_cuda:  # a CPU is as fast without a compiler
+        use_compiled_softmax(head.weight, softcap)  # 6 bytes moved for each logit
+    fits = tried("the chunked loss", "loss", model.config, head, own, forward)  # do both give the same?
     model.forward = forward if fits else own  # on this object; accelerate wraps autocast around it
     return fits  # False: tried() has said why
 
@@ -873,28 +834,6 @@ def use_lean_norms(model):  # one function for all norms, so that the compiler f
     kinds = {type(part) for part in model.modules()}  # classes of its parts
     for kind in [kind for kind in kinds if kind.__name__ == "Gemma3RMSNorm"]:  # 109 parts in Gemma 3 270M
         kind.forward = lambda norm, x: LeanNorm.apply(x, norm.weight, norm.eps)  # other norms stay as is
-
-# Layers are compiled one by one: two graphs, sliding and full, whatever the depth. A trial does so for the shape
-# of a training batch. Nothing is compiled later: shorter batches and evaluations run uncompiled, without pause.
-def compile_layers(model, plain, batch, length, options):  # B, T, arguments of torch.compile → "", or why not
-    lists = [part for part in model.base_model.children() if isinstance(part, torch.nn.ModuleList)]  # one list
-    layers = [layer for part in lists for layer in part]  # 18 in Gemma 3 270M
-    if not (plain and layers):  # a model of parts, such as one for pictures, or with a loss of its own
-        return "it needs the chunked loss and a list of layers"  # nothing is compiled
-    torch._dynamo.config.optimize_ddp = False  # it would cut each graph where gradients are sent
-    try:  # the compiler may be missing
-        for layer in layers:  # names in checkpoints stay as they are
-            layer.compile(**options)  # compiled at the first call
-        width = model.get_input_embeddings().embedding_dim  # H: 640 numbers a token
-        embedded = torch.zeros(batch, length, width, device=model.device, requires_grad=True)  # (B, T, H)
-        out = model.train().base_model(inputs_embeds=embedded).last_hidden_state  # (B, T, H): forward
-        torch.autograd.grad(out.float().sum(), embedded)  # backward; no weight gets a gradient
-        torch.compiler.set_stance("eager_on_recompile")  # from here on nothing is compiled
-    except Exception:  # of the compiler
-        for layer in layers:  # as they were
-            layer._compiled_call_impl = None  # what compile() has set
-        raise  # tried() says why
-    return ""  # all layers are compiled
 
 # ── Data: read ─▶ tokenize ─▶ pack ─────────────────────────────────────────────────────────────────
 # Text becomes chunks of one length, without padding: each token read is in one chunk, or in the report.
@@ -933,9 +872,12 @@ def load_and_prepare_dataset(args, tokenizer, rebuild=False):  # rebuild (bool):
         kwargs = {"files": tuple(files[split]), "column": args.text_column,  # datasets would split up a list
                   "sample_by": args.sample_by, "size": size}  # of .txt files
         named[split] = cached(f"{split}_rows", read_texts, kwargs, args.cache_dir, rebuild, schema)  # as rows
+    die_if(args.validation_split_percentage and "validation" in named,  # of a data set
+           "--validation_split_percentage: the data has a validation split of its own; leave the flag out")
     chunks = {}  # split → Dataset of chunks
     for split in list(named):  # list(): pop() shrinks it in the loop
-        packed = pack_split(split, named.pop(split), tokenizer, args, rebuild)  # frees each after its use
+        chunks |= pack_split(split, named.pop(split), tokenizer, args, rebuild)  # frees each after its use
+    for split, packed in chunks.items():  # training data, validation data
         chunks[split] = packed.take(min(limits[split] or len(packed), len(packed)))  # a view, no copy
         if len(chunks[split]) < len(packed):  # --max_train_samples or --max_eval_samples is in force
             log0(f"{split}: only the first {limits[split]:,} of {len(packed):,} chunks are used")  # as asked
@@ -1109,7 +1051,8 @@ def special_ids(tokenizer, add_eos):  # → (ids before each text, ids behind it
     start = [~token for token in ids[:1] if token == tokenizer.bos_token_id]  # [] if it puts no BOS there
     return start, [tokenizer.eos_token_id] * (add_eos or ids[-1] == tokenizer.eos_token_id)  # some always do
 def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of report for the split, and notes
-    """Tokenize and pack rows (a Dataset of text and _marks); report what became of them. Returns: Dataset."""
+    """Tokenize and pack rows (a Dataset of text and _marks); report what became of them.
+    Returns: {split: Dataset of chunks}, with two splits where a part of the training data is held out."""
     start, end = special_ids(tokenizer, args.add_eos)  # lists of ids
     recipe = (tokenize_texts, rows._fingerprint, start, end, tokenizer.bos_token_id, tokenizer.eos_token_id)  # ids
     key = Hasher.hash((*recipe, tokenizer.backend_tokenizer.to_str()))  # the tokenizer object would take 4 s
@@ -1124,25 +1067,60 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
     read = (rows.data.column("_marks").to_numpy() & BEGINS).sum()  # texts: the pieces of a document are one
     die_if(not len(tokenized), f"the {split} data holds no text: all {read:,} rows are blank")  # or null
     length = args.max_seq_length  # T, the tokens of a chunk
-    cut = CUT * (not args.no_truncation)  # 0: no text is cut
     marks = tokenized.data.column("_marks").to_numpy()  # of each row that is not blank
     sizes = pc.list_value_length(tokenized.data.column("input_ids")).to_numpy()  # tokens of each row, int32
-    kept = np.where(marks & cut, sizes.clip(max=length), sizes)  # tokens of each row that are packed
-    total = kept.sum()  # numpy adds int32 up in 64 bits
-    lost = sizes.sum() - total  # tokens that truncation takes away
-    die_if(total < length,  # text for less than one chunk
-           f"the {split} data has {total:,} tokens, {length - total:,} too few for one chunk of {length:,}: "
-           f"add text, or give --max_seq_length {total} or less")
-    kwargs = {"files": (tokenized.cache_files[0]["filename"],), "length": length, "cut": cut, "bos": start}  # a key
-    chunks = cached(f"{split}_chunks", group_texts, kwargs, args.cache_dir, rebuild)  # of int32 ids
-    added = pc.sum(chunks.data.column("added")).as_py()  # BOS before chunks that begin inside a text
-    log0(f"{split}: {read:,} rows read, {read - (marks & BEGINS).sum():,} blank skipped, "  # no silent loss
-         f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), {total:,} tokens kept + {added:,} BOS "
-         f"before chunks = {len(chunks):,} chunks of {length:,} + {total + added - len(chunks) * length:,} "
-         "tokens dropped at the end")
+    cut = marks & CUT * (not args.no_truncation)  # (rows,): 0 where a row is kept whole
+    kept = np.where(cut, sizes.clip(max=length), sizes)  # tokens of each row that are packed
+    lost = sizes.sum() - kept.sum()  # tokens that truncation takes away
+    parts = {split: (np.zeros_like(kept), kept)}  # split → first and end of what is packed of each row
+    if args.validation_split_percentage:  # of the training data, as there is no other
+        parts = hold_out(tokenized, kept, marks, args)  # the same for both splits
+    words = (f"{read:,} rows read, {read - (marks & BEGINS).sum():,} blank skipped, "  # no silent loss
+             f"{(kept < sizes).sum():,} texts truncated (-{lost:,} tokens), ")
+    made = {}  # split → Dataset of chunks
+    for name, (first, end) in parts.items():  # mostly one
+        total = (end - first).sum()  # tokens; numpy adds int32 up in 64 bits
+        others = kept.sum() - total  # tokens of the other part
+        words += f"{others:,} tokens held out, " * bool(others) if name == split else ""  # where the rest is
+        die_if(total < length,  # text for less than one chunk
+               f"the {name} data has {total:,} tokens, {length - total:,} too few for one chunk of {length:,}: "
+               f"add text, or give --max_seq_length {total} or less")
+        kwargs = {"files": (tokenized.cache_files[0]["filename"],), "length": length, "bos": start}  # a key
+        kwargs |= {"first": first, "end": end}  # arrays of 4 bytes a row
+        chunks = cached(f"{name}_chunks", group_texts, kwargs, args.cache_dir, rebuild)  # of int32 ids
+        added = pc.sum(chunks.data.column("added")).as_py()  # BOS before chunks that begin inside a text
+        left = total + added - len(chunks) * length  # tokens in no chunk
+        log0(f"{name}: {words}{total:,} tokens kept + {added:,} BOS before chunks = "  # adds up
+             f"{len(chunks):,} chunks of {length:,} + {left:,} tokens dropped at the end")
+        made[name] = chunks.select_columns(["input_ids"])  # what is learnt from
+        words = "held out of the training data, "  # of the second part
     had = [(marks & bit > 0).sum() for bit in (HAD_BOS, HAD_EOS)]  # numbers of texts with one of their own
     log0(*advice("packed", split, *had, lost / sizes.sum()))  # notes on these, and on much that is cut away
-    return chunks.select_columns(["input_ids"])  # what is learnt from
+    return made  # of one split, or of two
+def hold_out(tokenized, kept, marks, args):  # kept, marks: (rows,), as in pack_split()
+    """Choose a percentage of the texts by the seed, equal ones together; of a single document its end.
+    Returns: {"train": (first, end), "validation": (first, end)}, int arrays (rows,): ids taken of each row."""
+    none = np.zeros_like(kept)  # (rows,)
+    share = args.validation_split_percentage / 100  # 0 < share < 1
+    texts = np.cumsum(marks & BEGINS > 0) - 1  # (rows,): number of the text that a row belongs to
+    count = texts[-1] + 1  # texts
+    if count == 1:  # a document, whose end nothing in its beginning gives away
+        ends = np.cumsum(kept, dtype=np.int64)  # (rows,): tokens up to the end of each row
+        border = (round(ends[-1] * (1 - share)) - ends + kept).clip(0, kept)  # ids of each row before the cut
+        return {"train": (none, border), "validation": (border, kept)}  # the beginning, the end
+    sums = np.zeros(count, np.uint64)  # of each text: a hash of what is packed of it
+    lists = (ids for part in tokenized.data.column("input_ids").chunks for ids in part)  # ids of each row
+    for text, ids, size in zip(texts, lists, kept, strict=True):  # a microsecond or three each
+        code = hashlib.blake2b(ids.values[:size].to_numpy(), digest_size=8, key=b"%d" % args.seed).digest()  # by chance
+        sums[text] += np.frombuffer(code, np.uint64)[0]  # modulo 2**64: the pieces of a document add up
+    _, group, sizes = np.unique(sums, return_inverse=True, return_counts=True)  # equal texts are a group
+    wanted = max(1, round(count * share))  # texts
+    fits = sizes <= wanted  # (groups,): copies of one text may be more than what is held out
+    out = fits & (np.cumsum(sizes * fits) <= wanted)  # (groups,): the first ones, in the order of hashes
+    die_if(not out.any() or out.all(),  # copies of one text, say
+           "--validation_split_percentage: too few different texts for two parts; give --validation_file")
+    held = np.where(out[group][texts], kept, none)  # (rows,): tokens that are held out
+    return {"train": (none, kept - held), "validation": (none, held)}  # each text is in one of them
 def tokenize_texts(texts, marks, tokenizer, start, end):  # called by datasets.map
     """Map list[str or None], list[int] to {"input_ids": list[list[int]], "_marks": list[int]}; none blank."""
     rows = [row for row in zip(texts, marks, strict=True)  # pairs of a text and its marks
@@ -1161,16 +1139,20 @@ def tokenize_texts(texts, marks, tokenizer, start, end):  # called by datasets.m
         made["_marks"].append(mark)  # group_texts() looks for CUT
     return made  # lists of equal length
 
-def group_texts(files, length, cut, bos):  # Arrow files of tokenized texts → chunks, without padding
-    """Concatenate texts, `length` ids of those marked by cut; bos ([~id] or []) is put before chunks that lack it.
+def group_texts(files, length, first, end, bos):  # Arrow files of tokenized texts → chunks, without padding
+    """Concatenate ids first to end of each row (arrays); bos ([~id] or []) goes before chunks that lack it.
     Yields: {"input_ids": int32 array (length,), "added": 1 if such a BOS was put before it, else 0}."""
     tail = np.empty(0, np.int32)  # ids that are in no chunk yet: fewer than length
+    done = 0  # rows of earlier batches
     for path in files:  # texts stay in their order
         with pa.OSFile(path) as source, pa.ipc.open_stream(source) as batches:  # streamed: memory stays flat
             for batch in batches:  # at most a thousand texts: 12 million ids take a fraction of a second
-                long = pc.not_equal(pc.bit_wise_and(batch["_marks"], cut), 0)  # True: may be cut
-                texts = pc.if_else(long, pc.list_slice(batch["input_ids"], 0, length), batch["input_ids"])  # cut or not
-                ids = np.concatenate([tail, texts.flatten().to_numpy()])  # texts end to end, behind the tail
+                sizes = pc.list_value_length(batch["input_ids"]).to_numpy()  # tokens of each row
+                at = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)  # place in its row
+                rows = slice(done, done + len(batch))  # of first and end
+                inside = (at >= np.repeat(first[rows], sizes)) & (at < np.repeat(end[rows], sizes))  # (ids,)
+                ids = np.concatenate([tail, batch["input_ids"].flatten().to_numpy()[inside]])  # end to end
+                done += len(batch)  # rows
                 at = 0  # first of the ids that are in no chunk yet
                 while at < len(ids):  # a chunk at a time
                     before = np.array(bos[:ids[at] not in bos], np.int32)  # [~2] inside a text, [] at its BOS
@@ -1211,6 +1193,8 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         self.sums = torch.zeros(2, dtype=torch.float64, device=self.args.device)  # losses, tokens of a line
         self.tokens = 0  # trained on, by all ranks and all calls
         self.compiled = False  # True once the layers are compiled
+        self.paces = []  # seconds of this call's second and third step: the first one is slower
+        self.curves = None  # TensorBoard's SummaryWriter, on rank 0
         self.add_callback(self)  # called after the Trainer's own callbacks
 
     def on_train_begin(self, args, state, control, **_):  # everything is loaded, nothing trained
@@ -1225,7 +1209,9 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             zero_grad = self.model_wrapped.zero_grad  # a method of DistributedDataParallel
             self.model_wrapped.zero_grad = lambda: zero_grad(set_to_none=False)  # zeros stay in the buckets
         self.start_stopwatch()  # from here on the speed is measured
-        self.run.signals.in_training = True  # from now on a signal waits for a checkpoint
+        self.run.signals.in_training = not self.run.args.dry_run  # now a signal waits for a checkpoint
+    def on_step_begin(self, args, state, control, **_):  # the batches of the step are there
+        self.step_began = time.time()  # seconds since 1970
 
     # The Trainer divides a batch's losses by the step's tokens and averages over ranks: times tokens, a sum.
     def training_step(self, model, inputs, num_items_in_batch=None):  # forward and backward pass of a batch
@@ -1242,6 +1228,16 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
         if self.stopping:  # the Trainer saves; on_save() ends the run
             control.should_save = control.should_training_stop = True  # in addition to what is due anyway
             args.save_strategy = "steps"  # "best" would save only the best model so far
+        made = state.global_step - self.first  # steps of this call
+        if made in (1, 3):  # between the two lie two steps, whose time is taken
+            self.totals()  # waits for the devices of all ranks
+        if made in (2, 3):  # of this call
+            self.paces.append(time.time() - self.step_began)  # seconds
+        if made == 3:  # the time of the whole is known by now
+            log0(*ask("report.time_left", self.paces, state.max_steps - state.global_step))  # steps to come
+        if self.run.args.dry_run and state.global_step == min(3, state.max_steps):  # enough is known
+            control.should_save = control.should_training_stop = True  # a checkpoint is measured, too
+            self.saving = time.time()  # seconds since 1970
         due = control.should_save or control.should_evaluate or state.global_step >= state.max_steps  # or last step
         control.should_log |= due  # a checkpoint holds the log line of its step
         if control.should_log:  # the only steps that wait for the device
@@ -1250,6 +1246,14 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
                 die(f"the loss or the weights are no finite numbers at step {state.global_step}: "  # on all ranks
                     "nothing of it is saved. Usual causes: a high --learning_rate, --fp16, a broken model. "
                     "Change that, and start with another --output_dir", 1)  # 1: the call itself is right
+    def on_evaluate(self, args, state, control, **_):  # a checkpoint follows
+        if self.exhausted() and self.run.signals.in_training:  # the finished model is evaluated, too
+            log0("The last evaluations were no better (--early_stopping_patience): the training ends.")  # early
+            control.should_training_stop = True  # the Trainer saves, and leaves its loop
+    def exhausted(self):  # → bool: were the last --early_stopping_patience evaluations no better than one before?
+        losses = [line["eval_loss"] for line in self.state.log_history if "eval_loss" in line]  # of all calls
+        patience = self.run.args.early_stopping_patience or math.inf  # evaluations
+        return bool(losses) and len(losses) - 1 - np.argmin(losses) >= patience  # since the best one
     def totals(self):  # since the last log line, of all ranks: [sum of losses, number of their tokens]
         return self.accelerator.gather(self.sums).view(-1, 2).mean(0).tolist()  # waits for all ranks' devices
     def lines(self):  # all log lines of the training so far, also those of earlier calls
@@ -1283,8 +1287,13 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
     def evaluate(self, *rest, **named):  # leaves dropout's random state as it was
         with torch.random.fork_rng(devices=[]):  # the data loader draws a random number
             metrics = super().evaluate(*rest, **named)  # eval_loss and more, from compute_metrics
+            self.write_samples()  # by the weights that were evaluated
         self.start_stopwatch()  # an evaluation is no time of training
         return metrics | {name: metrics["eval_" + name] for name in ("perplexity", "bits_per_byte")}  # under both names
+
+    def write_samples(self):  # what the model writes behind each --sample_prompt; changes no weight
+        begin = [~token for token in special_ids(self.processing_class, False)[0]]  # BOS, or none
+        log0(*ask("report.samples", self, self.run.args.sample_prompt or (), begin))  # on all ranks
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):  # → None, (B,), (B,)
         inputs = self._prepare_inputs(inputs)  # {"input_ids", "labels"}: (B, T), int64, on the device
@@ -1319,7 +1328,7 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             self.run.signals.leave(self.stopping, saved)  # ends the run, with a sentence
 
     def _run_epoch(self, **named):  # private: requirements.txt holds transformers to the tested minor version
-        if self.state.global_step < self.state.max_steps:  # the Trainer rounds up to whole epochs
+        if self.state.global_step < self.state.max_steps and not self.exhausted():  # epochs are rounded up
             super()._run_epoch(**named)  # an epoch, or the rest of one
 
 def make_trainer(model, tokenizer, args, train, validation, run, resume):  # → FineTuner, with the model on the device
@@ -1357,49 +1366,16 @@ def make_trainer(model, tokenizer, args, train, validation, run, resume):  # →
         use_windowed_attention(model)  # on a GPU
         plain = use_chunked_loss(model)  # False: its own loss is in use
         if compiler := train and run.settings["torch_compile"]:  # asked for; evaluations run uncompiled
-            if args.activation_checkpointing:  # as the Trainer will do it: else the trial might not fit
-                options = (args.activation_checkpointing_kwargs or {}).items()  # of torch.utils.checkpoint
-                options = {key: value for key, value in options if key not in ("every_n_layers", "offload")}  # torch's
-                model.activation_checkpointing_enable(options or None)  # None: torch's defaults
             log0("Compiling the layers: this takes a minute or two.")  # else a long silence
             shape = (min(args.train_batch_size, len(train)), trainer.length)  # B, T of a batch
-            trainer.compiled = tried("torch.compile", compile_layers, model, plain, *shape, compiler)  # as tried
+            trial = (model, args, plain, *shape, compiler)  # forward and backward, in the shape of a batch
+            trainer.compiled = tried("torch.compile", "layers", *trial)  # one by one
     if trainer.pop_callback(integration_utils.TensorBoardCallback) and run.ranks.rank == 0:  # it makes a folder a call
         again = train and (resume.state.global_step + 1 if resume.path else 0)  # first step to be logged anew
-        writer = torch.utils.tensorboard.SummaryWriter(join(run.output_dir, "runs"), purge_step=again)  # one curve
-        trainer.add_callback(integration_utils.TensorBoardCallback(writer))  # writes each log line at once
-        trainer.callback_handler.callbacks[-1]._SummaryWriter = None  # the evaluation at the end opens no new writer
-        threading.excepthook = lambda end: issubclass(end.exc_type, OSError) or threading.__excepthook__(end)  # disk
+        trainer.curves = ask("report.curves", trainer, run.output_dir, again)  # one curve, of all calls
     return trainer  # ready to train or to evaluate
 
 # ── The run ────────────────────────────────────────────────────────────────────────────────────────
-def print_plan(args, training_args, trainer, train, validation):  # what is about to happen, and what is odd
-    model = trainer.model  # on its device, with its attention
-    world = training_args.world_size  # processes on all machines
-    dtype = f"{training_args.mixed_precision} autocast".replace("no autocast", "float32")  # dtype of products
-    size = model.num_parameters()  # a tied head counts once
-    log0(f"model    {args.model_name_or_path}, {size:,} parameters in float32, "  # the master weights
-         f"{model.config._attn_implementation} attention{', layers compiled' * trainer.compiled}",
-         f"device   {training_args.device.type}, {world} process{'es' * (world > 1)}, {dtype}")
-    if train is not None:  # --do_eval alone has no plan of steps
-        used = len(train)  # chunks of an epoch
-        a_pass = training_args.train_batch_size * world  # chunks of a forward pass of all ranks
-        a_step = a_pass * args.gradient_accumulation_steps  # chunks in an optimizer step
-        epoch = max(1, math.ceil(used / a_step))  # steps of an epoch, whose last one may be smaller
-        epochs = math.ceil(args.num_train_epochs * epoch)  # steps, as the Trainer counts them
-        steps = training_args.max_steps if training_args.max_steps > 0 else epochs  # --max_steps has priority
-        at_peak = training_args.lr_scheduler_type in ("constant", "reduce_lr_on_plateau", "greedy")  # without warm-up
-        warmup = 0 if at_peak else training_args.get_warmup_steps(steps)  # a value below 1 is a part of steps
-        notes = advice("plan", args, used, a_pass, a_step, steps, warmup, world, 12 * size)  # bytes saved
-        log0(f"batch    {args.per_device_train_batch_size} per device x {args.gradient_accumulation_steps}"  # in chunks
-             f" accumulation x {world} = {a_step:,} chunks = {a_step * args.max_seq_length:,} tokens a step",
-             f"steps    {steps:,} ({steps / epoch:.3g} epochs), learning rate {args.learning_rate:g}, "
-             f"warm-up {warmup:,} steps", *notes)  # a long warm-up, a full disk and the like
-    curves = f" (tensorboard --logdir {join(args.output_dir, 'runs')})"  # where the losses are drawn
-    bos, eos = ("with" + "out" * (not ids) for ids in special_ids(trainer.processing_class, args.add_eos))  # words
-    log0(f"data     texts begin {bos} BOS, end {eos} EOS (--add_eos)",  # without EOS a model learns no end
-         f"output   {args.output_dir}{curves * ('tensorboard' in training_args.report_to)}")  # the model, too
-
 def save_results(trainer, split, metrics):  # a table, {split}_results.json, and a part of all_results.json
     trainer.log_metrics(split, metrics)  # rank 0 prints a table
     trainer.save_metrics(split, metrics)  # into .staging; with --do_eval alone into output_dir
@@ -1417,8 +1393,11 @@ def train_and_save(trainer, run, resume, dtype):  # train, evaluate, publish; a 
         weight.data = weight.data.float()  # exact: every 16-bit number is one of float32
     if trainer.eval_dataset is not None:  # has the model learnt, or memorized?
         save_results(trainer, "eval", trainer.evaluate())  # of the weights that are published
+    else:  # an evaluation writes them, too
+        trainer.write_samples()  # what it has learnt
     save_results(trainer, "train", metrics)  # speed and loss of all calls
     if run.ranks.rank == 0:  # rank 0 writes and renames for all
+        ask("publish.accompany", trainer, run, staging)  # model card, notice, tokenizer.model
         keep = {trainer.state.best_model_checkpoint, run.chosen}  # never deleted, however old
         rotate(run.output_dir, trainer.args.save_total_limit, keep)  # a kill may have left one too many
         trainer.state.best_model_checkpoint = None  # the model needs none of the checkpoints
@@ -1429,6 +1408,11 @@ def train_and_save(trainer, run, resume, dtype):  # train, evaluate, publish; a 
         os.rmdir(staging)  # .staging is empty by now
         fsync(run.output_dir)  # on the disk before the exit status says so
 
+def push(run):  # uploads the finished model with --push_to_hub; also one that an earlier call has made
+    if run.args.hub and run.ranks.rank == 0:  # once
+        fault = ask("publish.push", run.output_dir, *run.args.hub, otherwise=MISSING)  # "" when it is there
+        die_if(fault, fault, 1)  # the model is whole in output_dir
+
 def main(args, signals):  # the table of contents; args: Namespace, or the SystemExit of a wrong call
     ranks = join_group(args)  # Ranks of one process, or of several on all machines
     with ranks.together():  # phase: the flags and the settings
@@ -1437,21 +1421,29 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         training_args = make_training_arguments(args)  # from here on the device is known
         transformers.set_seed(args.seed)  # new embedding rows, if any, are the same in every run
         tools = {name: version(name) for name in ("torch", "transformers")}  # a change is no error
+        if args.hub and ranks.rank == 0:  # may this token write there? A night later would be late
+            fault = ask("publish.check", args.output_dir_asked, *args.hub, otherwise=MISSING)  # "" also for no answer
+            die_if(fault, fault)  # nothing has been done
         tools["device"] = torch.cuda.get_device_name() if training_args.device.type == "cuda" else "cpu"  # own rounding
         settings = run_settings(args, training_args)  # by which this run is known again
-        run = Run(settings, tools, args.resume_from_checkpoint, args.output_dir, ranks, signals)  # what on_save() needs
+        run = Run(settings, tools, args.resume_from_checkpoint, args.output_dir, ranks, signals, args)  # all of it
     if ranks.size > 1:  # several processes: compare before any work
         check_plan(args, training_args, ranks)  # flags, versions and output_dir must agree
     found = Resume()  # a fresh start, unless a checkpoint is found
     with ranks.together():  # phase: what has an earlier call left?
         if ranks.rank == 0 and not args.evaluate_only:  # an evaluation writes no checkpoint
             run.lock = lock_output_dir(args.output_dir)  # held until this process ends
-            found = find_checkpoint(run)  # on one rank: two choices would train two runs
-            refuse_other_run(run, found)  # flags, before minutes of work
+            if args.dry_run:  # begins anew, in an empty directory
+                signals.scratch = args.output_dir  # removed at the end
+                ask("report.clear", args.output_dir)  # a kill may have left something
+            else:  # a training
+                found = find_checkpoint(run)  # on one rank: two choices would train two runs
+                refuse_other_run(run, found)  # flags, before minutes of work
     resume = ranks.gather(found)[0]  # all ranks take what rank 0 has found
     if resume.path == args.output_dir:  # the finished model is there, and whole
         log0(f"This run finished at step {resume.state.global_step:,}: nothing is left to train or save. "  # no error
              f"To train further, give --model_name_or_path {args.output_dir} and another --output_dir.")
+        push(run)  # an upload may have failed
         return  # exit status 0, before data and weights are loaded
     with ranks.together():  # phase: the model, float32 and still on the CPU
         tokenizer, model = load_model(args)  # first contact with the hub
@@ -1465,8 +1457,9 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
     run.settings |= {name: prints[name] for name in ("model", "train_data", *steers)}  # they decide the weights, too
     refuse_other_run(run, resume)  # now data and weights count, too
     needs = steers or training_args.eval_on_start or training_args.save_strategy == "best"  # evaluations
-    die_if(needs and not validation, "--load_best_model_at_end, --eval_on_start, --save_strategy best and "  # no split
-           "a schedule that follows the loss need validation data: give --validation_file")
+    die_if(needs and not validation,  # no file, no split
+           "--load_best_model_at_end, --early_stopping_patience, --eval_on_start, --save_strategy best and a schedule "
+           "that follows the loss need validation data: give --validation_file or --validation_split_percentage")
     training_args.eval_strategy = training_args.eval_strategy if validation else transformers.IntervalStrategy.NO  # no
     training_args.eval_on_start &= not resume.path  # an earlier call has made that evaluation
     try:  # a part that is not installed, a full GPU, a full disk
@@ -1474,17 +1467,23 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
             trainer = make_trainer(model, tokenizer, training_args, train, validation, run, resume)  # on the device
             run.versions["attention"] = model.config._attn_implementation  # a trial may fail another time
             run.versions["layers"] = "compiled" if trainer.compiled else "not compiled"  # in use, not asked
-            print_plan(args, training_args, trainer, train, validation)  # what is about to happen
+            ends = special_ids(tokenizer, args.add_eos)  # whether texts get BOS and EOS
+            log0(*ask("report.plan", args, trainer, len(train or ()), *ends))  # what is about to happen
         if resume.path and (state := resume.state):  # the same command again
             log0(f"Going on from {resume.path}, step {state.global_step:,} of {state.max_steps:,}.")  # steps made
             if resume.versions != run.versions:  # allowed: a run may move to another machine
                 log0("warning  the weights may differ in their last bits: "  # other kernels round otherwise
                      f"{differences(resume.versions, run.versions)} when that was saved")
+        if args.dry_run:  # beside output_dir, in which nothing changes
+            sys.exit(ask("report.dry_run", trainer, run, otherwise=MISSING))  # 1: something is lacking
         if args.evaluate_only:  # --do_eval without --do_train
             save_results(trainer, "eval", trainer.evaluate())  # loss and perplexity of the given model
         else:  # every other call trains
             train_and_save(trainer, run, resume, getattr(torch, args.save_dtype))  # publishes in output_dir
+            push(run)  # with --push_to_hub
     except Exception as error:  # die() raises SystemExit, which is no Exception
+        if args.dry_run and ranks.size == 1:  # with several, the others wait for this one
+            ask("report.try_smaller", error, args)  # after a lack of memory: does not return
         explain(error, "--output_dir", args.output_dir, training_args.device, signals.in_training)  # or not
         raise  # unexplained: Python prints the traceback
     log0(f"Done: the {'metrics are' if args.evaluate_only else 'model is'} in {args.output_dir}.")  # a run's last line
@@ -1498,3 +1497,4 @@ if __name__ == "__main__":  # python main.py, accelerate launch main.py
             signal.signal(number, signal.SIG_DFL)  # the answer of Linux
         for loader in multiprocessing.active_children():  # deaf to SIGTERM
             loader.kill()  # SIGKILL: a data loader has nothing to lose
+        shutil.rmtree(SIGNALS.scratch or "", ignore_errors=True)  # of a dry run

@@ -302,6 +302,15 @@ def two_epochs_trained(two_epochs, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def early(two_epochs, tmp_path_factory):
+    """A run whose rate is so high that evaluations get worse, and end it. Returns: (argv, output_dir, done)."""
+    argv = [*two_epochs, "--learning_rate", 0.05, "--lr_scheduler_type", "constant", "--num_train_epochs", 5,
+            "--eval_steps", 1, "--save_steps", 1, "--early_stopping_patience", 2, "--save_total_limit", 2]  # fmt: skip
+    output = tmp_path_factory.mktemp("early") / "out"
+    return argv, output, finish(*argv, "--output_dir", output)
+
+
+@pytest.fixture(scope="session")
 def four_steps(tiny, tmp_path_factory):
     """A run that is not stopped: 4 steps, a checkpoint every 2, one kept. Returns: (argv, output_dir)."""
     folder = tmp_path_factory.mktemp("four-steps")

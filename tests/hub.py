@@ -1,11 +1,13 @@
-"""A stub of the Hugging Face Hub on the loopback interface, serving repositories from local folders."""
+"""A stub of the Hugging Face Hub on the loopback interface: serves repositories from local folders, takes uploads."""
 
+import base64
 import functools
 import hashlib
 import json
 import random
 import re
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -14,6 +16,12 @@ ACTIONS = "revision|tree|paths-info|commits|refs|discussions|auth-check"
 API = re.compile(rf"/api/(?P<kind>models|datasets)/(?P<id>[^/]+(?:/(?!(?:{ACTIONS})(?:/|$))[^/]+)?)"
                  rf"(?:/(?P<action>{ACTIONS})(?:/(?P<rev>[^/]+)(?:/(?P<path>.+))?)?)?/?")
 RESOLVE = re.compile(r"/(?P<kind>datasets/)?(?P<id>[^/]+(?:/[^/]+)?)/resolve/(?P<rev>[^/]+)/(?P<path>.+)")
+PUSH = {  # step of an upload: its path
+    "whoami": r"/api/whoami-v2", "create": r"/api/repos/create", "check": r"/api/models/(?P<id>.+)/auth-check/write",
+    "yaml": r"/api/validate-yaml", "preupload": r"/api/models/(?P<id>.+)/preupload/main",
+    "lfs": r"/(?P<id>.+)\.git/info/lfs/objects/batch", "put": r"/lfs/(?P<id>\w+)",
+    "commit": r"/api/models/(?P<id>.+)/commit/main", "info": r"/api/models/(?P<id>[^/]+/[^/]+)(?:/revision/main)?",
+}  # fmt: skip
 DATE = "2025-01-01T00:00:00.000Z"
 
 
@@ -55,21 +63,30 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *args):
         pass
 
+    def body(self):
+        """What was sent, a megabyte at a time."""
+        left, parts = int(self.headers.get("Content-Length") or 0), []
+        while left > 0 and (part := self.rfile.read(min(left, 1 << 20))):
+            parts.append(part)
+            left -= len(part)
+            time.sleep(self.server.hub.pace)
+        return b"".join(parts)
+
     def do_GET(self):
         hub = self.server.hub
         url = urlsplit(self.path)
         path, query = url.path, parse_qs(url.query)
-        body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+        body = self.body()
         hub.requests.append((self.command, self.path))
         scheme, _, token = self.headers.get("Authorization", "").partition(" ")
         token = token.strip() if scheme.lower() == "bearer" else None
         try:
             if token and token not in hub.tokens | hub.unaccepted | hub.narrow:
                 raise HubError(401, None, "Invalid credentials in Authorization header")
-            if path == "/api/whoami-v2":
-                if not token:
-                    raise HubError(401, None, "Invalid username or password.")
-                self.reply_json({"type": "user", "name": "tester", "orgs": [], "auth": {"type": "access_token"}})
+            step, match = next(((step, found) for step, pattern in PUSH.items()
+                                if (found := re.fullmatch(pattern, path))), (None, None))  # fmt: skip
+            if step and (step != "info" or match["id"] in hub.pushed):
+                self.push(step, match, token, body)
             elif match := RESOLVE.fullmatch(path):
                 self.resolve(match, token)
             elif match := API.fullmatch(path):
@@ -82,7 +99,65 @@ class Handler(BaseHTTPRequestHandler):
                 headers["WWW-Authenticate"] = 'Bearer realm="Authentication required", charset="UTF-8"'
             self.reply_json({"error": error.message}, error.status, {**headers, "X-Error-Message": error.message})
 
-    do_HEAD = do_POST = do_GET
+    do_HEAD = do_POST = do_PUT = do_GET
+
+    def push(self, step, match, token, body):
+        """A step of an upload: as hub.trouble has it, or as the real hub answers it."""
+        hub, name = self.server.hub, match.groupdict().get("id")
+        trouble = hub.trouble.get(step)
+        if trouble == "hangs":
+            hub.over.wait()
+            self.close_connection = True
+            return
+        if trouble:
+            raise HubError(trouble, None, f"No luck with {step}")
+        if not token and step != "put":
+            raise HubError(401, None, "Invalid username or password.")
+        if step not in ("whoami", "create", "yaml", "put") and name not in hub.pushed:
+            raise HubError(404, "RepoNotFound", "Repository not found")
+        files = hub.pushed.get(name, {}).get("files")
+        answer = {}
+        if step == "whoami":
+            access = {"accessToken": {"role": hub.roles.get(token, "write")}}
+            answer = {"type": "user", "name": "tester", "orgs": [], "auth": {"type": "access_token", **access}}
+        elif step == "create":
+            wish = json.loads(body)
+            name = f"{wish['organization'] or 'tester'}/{wish['name']}"
+            answer = {"url": f"{hub.endpoint}/{name}"}
+            if name in hub.pushed:
+                self.reply_json({**answer, "error": "You already created this model repo"}, 409)
+                return
+            hub.pushed[name] = {"files": {}, "private": wish.get("visibility") == "private", "commits": []}
+        elif step == "preupload":
+            answer = {"files": [self.preupload(files, file) for file in json.loads(body)["files"]]}
+        elif step == "lfs":
+            answer = {"transfer": "basic", "objects": [
+                {"oid": wish["oid"], "size": wish["size"]} | ({} if wish["oid"] in hub.stored else {
+                    "actions": {"upload": {"href": f"{hub.storage or hub.endpoint}/lfs/{wish['oid']}"}}})
+                for wish in json.loads(body)["objects"]]}  # fmt: skip
+        elif step == "put":
+            assert hashlib.sha256(body).hexdigest() == name
+            hub.stored[name] = body
+        elif step == "commit":
+            entries = [json.loads(line) for line in body.splitlines()]
+            new = {entry["value"]["path"]: base64.b64decode(entry["value"]["content"])
+                   for entry in entries if entry["key"] == "file"}  # fmt: skip
+            new |= {entry["value"]["path"]: hub.stored[entry["value"]["oid"]]
+                    for entry in entries if entry["key"] == "lfsFile"}  # fmt: skip
+            files.update(new)
+            hub.pushed[name]["commits"].append(sorted(new))
+            answer = {"commitUrl": f"{hub.endpoint}/{name}/commit/{'0' * 40}", "commitOid": "0" * 40}
+        elif step == "info":
+            answer = {"_id": "0" * 24, "id": name, "sha": "0" * 40, "private": hub.pushed[name]["private"]}
+        self.reply_json(answer)
+
+    @staticmethod
+    def preupload(files, wish):
+        """How a file is to be sent, and the id of what is there under its name."""
+        lfs, old = wish["path"].endswith((".safetensors", "tokenizer.json")), files.get(wish["path"])
+        git = b"" if lfs or old is None else b"blob %d\0" % len(old)
+        oid = old and (hashlib.sha256 if lfs else hashlib.sha1)(git + old).hexdigest()
+        return {"path": wish["path"], "uploadMode": "lfs" if lfs else "regular", "shouldIgnore": False, "oid": oid}
 
     def reply(self, data, status=200, headers=None):
         self.send_response(status)
@@ -191,6 +266,11 @@ class StubHub:
     `narrow` are fine-grained ones without the right to read gated repositories; any other token is invalid. `aliases`
     maps the old id of a renamed repository to its present id. `.requests` is the list of (method, path) seen so far.
     The folders may be edited while the hub runs.
+
+    Uploads are in `.pushed`: id -> {"files": {name: bytes}, "private", "commits": [names]}, large files in `.stored`.
+    `.trouble` maps a step of an upload, a key of PUSH, to the status that it is answered with, or to "hangs"; `.roles`
+    a token to "read", "write" or "fineGrained"; `.pace` is seconds for each megabyte that is read; `.storage` an
+    address for large files.
     """
 
     def __init__(self, models=None, datasets=None, gated=(), tokens=(), unaccepted=(), narrow=(), aliases=None):
@@ -198,7 +278,9 @@ class StubHub:
         self.gated, self.tokens = set(gated), set(tokens)
         self.unaccepted, self.narrow = set(unaccepted), set(narrow)
         self.aliases = dict(aliases or {})
-        self.requests = []
+        self.requests, self.over = [], threading.Event()
+        self.pushed, self.stored, self.trouble, self.roles, self.pace = {}, {}, {}, {}, 0
+        self.storage = ""
 
     def __enter__(self):
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
@@ -209,6 +291,7 @@ class StubHub:
         return self
 
     def __exit__(self, *exc):
+        self.over.set()
         self.server.shutdown()
         self.server.server_close()
 

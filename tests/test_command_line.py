@@ -300,6 +300,85 @@ def test_main_py_works_without_its_tools(tiny, train, tmp_path):
     refused(bad, "bad.txt is not UTF-8: byte 3 is 0xe9")
 
 
+# ── A file of flags ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def configured(tmp_path, text, *words):
+    """parse_args() with a file of flags. Returns: Namespace."""
+    (tmp_path / "run.yaml").write_text(text)
+    return main.parse_args([str(word) for word in ["--config", tmp_path / "run.yaml", *words]])
+
+
+def test_a_file_of_flags_is_as_good_as_the_command_line(train, tmp_path, capsys):
+    """U2: numbers, lists, switches, nested values and hyphens; the Trainer's flags, too."""
+    text = f"""# a comment
+train_file: [{train}, "{train}"]
+output-dir: {tmp_path}/out
+learning_rate: 1e-4
+max_steps: 010
+bf16: true
+no_truncation: False
+sample_prompt:
+  - "yes: no"
+  - 1:30
+report_to: none
+lr_scheduler_type: cosine_with_min_lr
+lr_scheduler_kwargs: {{min_lr: 1e-6}}
+"""
+    mine = vars(configured(tmp_path, text))
+    words = ["--train_file", train, train, "--output_dir", tmp_path / "out", "--learning_rate", "1e-4",
+             "--max_steps=010", "--bf16", "--no_truncation", "False", "--sample_prompt", "yes: no", "1:30",
+             "--report_to", "none",
+             "--lr_scheduler_type=cosine_with_min_lr", '--lr_scheduler_kwargs={"min_lr": 1e-06}']  # fmt: skip
+    theirs = vars(main.parse_args([str(word) for word in words]))
+    assert {key for key in mine if mine[key] != theirs[key]} == {"config", "given"}
+    assert "run.yaml: 10 flags" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_the_command_line_wins_over_the_file_and_says_so(train, tmp_path, capsys):
+    """U2: a flag of both is that of the command line, however it is spelled; the others are those of the file."""
+    text = f"train_file: {train}\nseed: 1\nmax_steps: 7\nbf16: true\nlearning_rate: 1\n"
+    words = ["--seed=2", "--learning-rate", "3", "--output_dir", tmp_path / "out", "--bf16", "False"]
+    args = configured(tmp_path, text, *words)
+    assert (args.seed, args.learning_rate, args.bf16) == (2, 3, False) and args.trainer_argv == ["--max_steps=7"]
+    assert "5 flags; the command line replaces seed, bf16, learning_rate" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "text, words",
+    cases({
+        "a misspelt flag": ("learnin_rate: 1", "run.yaml: unknown flag learnin_rate", "learning_rate"),
+        "another trainer's": ("micro_batch_size: 1", "run.yaml: unknown flag micro_batch_size", "--per_device_train"),
+        "a bad value": ("learning_rate: fast", "run.yaml: argument --learning_rate: invalid number value: 'fast'"),
+        "a bad choice": ("save_dtype: int8", "run.yaml: argument --save_dtype", "bfloat16"),
+        "twice": ("seed: 1\nmax_steps: 2\nseed: 1", "run.yaml, line 3: seed stands there twice"),
+        "twice, otherwise written": ("max-steps: 1\nmax_steps: 1", "run.yaml, line 2: max_steps stands there twice"),
+        "no value": ("seed:", "run.yaml: seed has no value"),
+        "a section": ("training:\n  seed: 1", "run.yaml: unknown flag training"),
+        "a section of a flag": ("seed:\n  a: 1", "run.yaml: seed is a section"),
+        "empty": ("", "run.yaml: it holds no mapping of flags", "learning_rate: 1e-5"),
+        "a list": ("- seed", "run.yaml: it holds no mapping of flags"),
+        "no YAML": ("seed: [1", "run.yaml is no YAML file", "line 1"),
+        "no UTF-8": (b"seed: \xff", "run.yaml is no YAML file"),
+        "a file in the file": ("config: b.yaml", "run.yaml: config stands in the file itself"),
+        "a promise that it would break": ("fsdp: full_shard", "--fsdp makes checkpoints that no run can go on from"),
+        "an object of Python": ("seed: !!python/object/apply:os.system [ls]", "run.yaml: argument --seed: invalid"),
+        "missing": (None, "run.yaml cannot be read (No such file or directory)"),
+    }),
+)
+def test_a_faulty_file_of_flags_is_refused_by_its_name(text, words, refuse, tmp_path):
+    """U2: in a sentence with the file, the line or the flag, before torch is imported; no code in it is executed."""
+    if text is not None:
+        (tmp_path / "run.yaml").write_bytes(text if isinstance(text, bytes) else text.encode())
+    refuse("--train_file {train} --config {tmp}/run.yaml", *words)
+
+
+def test_flags_of_a_file_that_the_command_line_contradicts_are_refused_by_its_name(refuse, tmp_path):
+    """U2: F15 holds across both."""
+    (tmp_path / "run.yaml").write_text("bf16: true\n")
+    refuse("--train_file {train} --fp16 --config {tmp}/run.yaml", "run.yaml", "--bf16", "--fp16")
+
+
 # ── The terminal ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -106,27 +106,27 @@ TEXTS = st.lists(st.lists(st.integers(0, 2**18 - 1), max_size=50), max_size=40)
 
 
 @settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(texts=TEXTS, length=st.integers(2, 70), truncate=st.booleans(), bos=st.booleans(),
-       cuts=st.lists(st.integers(0, 40)))  # fmt: skip
-def test_packing_does_not_depend_on_batches(tmp_path, texts, length, truncate, bos, cuts):
-    """B4, L1: whatever the record batches and files, each id is in one chunk in order, or in the one remainder; a chunk
-    begins with BOS, its own or one that was added, or with none where the tokenizer has none."""
+@given(texts=TEXTS, length=st.integers(2, 70), bos=st.booleans(), cuts=st.lists(st.integers(0, 40)),
+       wanted=st.lists(st.tuples(st.integers(0, 9), st.integers(0, 60)), min_size=1))  # fmt: skip
+def test_packing_does_not_depend_on_batches(tmp_path, texts, length, bos, cuts, wanted):
+    """B4, L1, U3: whatever the record batches and files, each wanted id is in one chunk in order, or in the one
+    remainder; a chunk begins with BOS, its own or one that was added, or with none where the tokenizer has none."""
     texts = [[~2, *ids] if bos else ids for ids in texts]
-    cut = [main.CUT * (number % 3 > 0) for number in range(len(texts))]
+    first, end = np.array([wanted[number % len(wanted)] for number in range(len(texts))], np.int32).reshape(-1, 2).T
     borders = sorted({0, len(texts), *(cut for cut in cuts if cut < len(texts))})
     files = []
-    for number, (start, end) in enumerate(zip(borders, borders[1:], strict=False)):
+    for number, (start, stop) in enumerate(zip(borders, borders[1:], strict=False)):
         files.append(str(tmp_path / f"{number % 2}-{number}.arrow"))
         columns = {
-            "input_ids": pa.array(texts[start:end], pa.list_(pa.int32())),
-            "_marks": pa.array(cut[start:end], pa.int8()),
+            "input_ids": pa.array(texts[start:stop], pa.list_(pa.int32())),
+            "_marks": pa.array([main.TEXT] * (stop - start), pa.int8()),
         }
         table = pa.table(columns)
         with pa.OSFile(files[-1], "wb") as out, pa.ipc.new_stream(out, table.schema) as writer:
             writer.write_table(table, max_chunksize=3)
-    pairs = zip(texts, cut, strict=True)
-    kept = [token for text, cut in pairs for token in (text[:length] if truncate and cut else text)]
-    made = list(main.group_texts(files, length, main.CUT * truncate, [~2] * bos))
+    rows = zip(texts, first, end, strict=True)
+    kept = [token for text, begin, stop in rows for token in text[begin:stop]]
+    made = list(main.group_texts(files, length, first, end, [~2] * bos))
     chunks = [row["input_ids"] for row in made]
     assert all(chunk.dtype == np.int32 and chunk.shape == (length,) for chunk in chunks)
     back = [token for row in made for token in row["input_ids"].tolist()[row["added"] :]]
@@ -1555,3 +1555,100 @@ def test_no_network_and_an_empty_cache_is_said_in_one_sentence(flag, way, hub, r
         return done
 
     refuse(flags, flag, "not in the cache", "network", "local directory", env=env, runner=last_line)
+
+
+# ── A part is held out ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def names_in(tokenizer, data):
+    """The names "00x" to "99x" of which the texts in chunks consist."""
+    return {name for chunk in data["input_ids"][:]
+            for name in re.findall(r"(?<!\d)\d\dx", tokenizer.decode([max(token, ~token) for token in chunk]))}
+
+
+@pytest.mark.parametrize("percent, wanted", [(5, 5), (12.5, 12), (0.1, 1), (60, 60)])
+def test_a_share_of_the_texts_is_held_out(percent, wanted, tiny, tmp_path, capsys):
+    """U3: so many of 100 texts, each in one part only, the same in each call; all tokens are accounted for."""
+    rows = [f"{number:02}x" * 20 for number in range(100)]
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    words = ["--train_file", path, "--max_seq_length", 8, "--validation_split_percentage", percent, "--no_truncation"]
+    train, validation, tokenizer = prepare(tiny, tmp_path, *words)
+    out = capsys.readouterr().out
+    held, kept = re.search(r"train: .*?([\d,]+) tokens held out, ([\d,]+) tokens kept", out).groups()
+    whole = sum(len(ids) for ids in tokenizer(rows)["input_ids"])
+    assert int(held.replace(",", "")) + int(kept.replace(",", "")) == whole
+    assert f"validation: held out of the training data, {held} tokens kept" in out
+    learnt, kept_back = names_in(tokenizer, train), names_in(tokenizer, validation)
+    assert len(kept_back) == wanted and len(learnt) == 100 - wanted and not learnt & kept_back
+    again = prepare(tiny, tmp_path, *words, "--overwrite_cache")
+    assert [data["input_ids"][:] for data in again[:2]] == [data["input_ids"][:] for data in (train, validation)]
+
+
+def held_out(tiny, tmp_path, path, *more):
+    """Sets of the texts (words of one letter each) of both parts, by rows that fill a chunk of 8 each."""
+    train, validation, tokenizer = prepare(tiny, tmp_path, "--train_file", path, "--max_seq_length", 8, *more)
+    return [tokenizer.batch_decode([[max(token, ~token) for token in chunk] for chunk in data["input_ids"][:]])
+            for data in (train, validation)]  # fmt: skip
+
+
+def test_the_seed_chooses_what_is_held_out_and_equal_texts_stay_together(tiny, tmp_path):
+    """U3: no text is in both parts, though each is in the file four times, the copies far from each other."""
+    rows = [f"{letter}{number}-{letter}{number} and so on and on" for letter in "abcdefgh" for number in range(5)] * 4
+    path = write_jsonl(tmp_path / "a.jsonl", rows)
+    parts = {}
+    for seed in (1, 2, 3):
+        train, validation = held_out(tiny, tmp_path, path, "--validation_split_percentage", 20, "--seed", seed)
+        assert len(train) == 128 and len(validation) == 32 and len(set(validation)) == 8
+        assert not {*train} & {*validation}
+        parts[seed] = {*validation}
+    assert parts[1] != parts[2] != parts[3] != parts[1]
+
+
+def test_texts_that_differ_only_behind_the_cut_stay_together(tiny, tmp_path):
+    """U3: truncation makes them the same chunk, which would be trained on and evaluated."""
+    rows = [f"{number:02}{number:02}{number:02}{number:02} " + tail * 9 for number in range(40) for tail in "xy"]
+    train, validation = held_out(tiny, tmp_path, write_jsonl(tmp_path / "a.jsonl", rows),
+                                 "--validation_split_percentage", 25)  # fmt: skip
+    assert len(validation) == 20 and len(train) == 60 and not {*train} & {*validation}
+
+
+@pytest.mark.parametrize("percent", [10, 33.3, 90])
+def test_of_a_single_document_the_end_is_held_out(percent, tiny, tmp_path):
+    """U3: to the token; a document of several pieces, and of one; nothing is lost between the parts."""
+    for size in (300, 40_000):
+        text = "".join(f"line {number} of a document\n" for number in range(size // 10))[:size]
+        (tmp_path / f"{size}.txt").write_text(text)
+        words = ["--train_file", tmp_path / f"{size}.txt", "--max_seq_length", 2]
+        *parts, tokenizer = prepare(tiny, tmp_path, *words, "--validation_split_percentage", percent)
+        ids = tokenizer(text)["input_ids"]
+        first, last = ([chunk[1] for chunk in data["input_ids"][:]] for data in parts)  # BOS + one token each
+        assert first + last == ids[1:]
+        assert len(first) + 1 == round(len(ids) * (1 - percent / 100))
+
+
+@pytest.mark.parametrize(
+    "flags, words",
+    cases({
+        "100 percent": ("--train_file {train} --validation_split_percentage 100", "leaves nothing to train on", "5"),
+        "0 percent": ("--train_file {train} --validation_split_percentage 0", "must be above 0"),
+        "a file, too": (
+            "--train_file {train} --validation_file {train} --validation_split_percentage 5",
+            "--validation_split_percentage and --validation_file exclude each other",
+        ),
+        "copies of one text": ("--train_file {train} --validation_split_percentage 5", "too few different texts"),
+        "no training": (
+            "--do_eval --validation_file {train} --validation_split_percentage 5", "is for a training", "--do_eval",
+        ),
+    }),
+)
+def test_a_share_that_cannot_be_held_out_is_refused(flags, words, refuse):
+    """U3: in a sentence with the flag."""
+    refuse(flags.replace("--do_eval", "--output_dir {tmp}/eval --do_eval"), *words)
+
+
+def test_a_data_set_with_a_validation_split_needs_no_other(tiny, tmp_path, refuse):
+    """U3: two kinds of validation data would be one too many."""
+    (tmp_path / "set").mkdir()
+    for split in ("train", "validation"):
+        write_jsonl(tmp_path / "set" / f"{split}.jsonl", ROWS)
+    refuse("--dataset_name {tmp}/set --validation_split_percentage 5", "validation split of its own", "leave")

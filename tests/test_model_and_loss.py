@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from ast import literal_eval
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from helpers import (
     write_jsonl,
 )
 from torch.nn.functional import cross_entropy
+from torch.nn.functional import scaled_dot_product_attention as sdpa
 
 import main
 
@@ -333,7 +335,7 @@ def test_both_paths_err_no_more_than_their_dtype(small_chunks, monkeypatch, dtyp
     torch._dynamo.reset()
     with torch.autocast("cpu", dtype=torch.bfloat16 if dtype == torch.float32 else dtype, enabled=dtype.itemsize == 2):
         if way == "compiled":
-            assert main.tried("the compiled loss", main.try_compiler, torch.randn(WORDS, WIDTH), softcap)
+            assert main.use_compiled_softmax(torch.randn(WORDS, WIDTH), softcap)
             assert list(main.COMPILED) == [("cpu", dtype)]
         with torch.compiler.set_stance("fail_on_recompile" if way == "compiled" else "default"):
             for tokens in (40, 31, 7):
@@ -373,12 +375,12 @@ def test_a_softmax_that_compiles_wrongly_or_not_at_all_stays_uncompiled(monkeypa
 
     for compiled, words in ((wrong, "changes the values"), (missing, "RuntimeError: no compiler was found")):
         monkeypatch.setattr(torch, "compile", lambda function, compiled=compiled: compiled)
-        assert not main.tried("the compiled loss", main.try_compiler, torch.randn(97, 16), None)
+        assert not main.use_compiled_softmax(torch.randn(97, 16), None)
         out = capsys.readouterr().out
         assert words in out and out.count("\n") == 1 and not main.COMPILED
     monkeypatch.setattr(torch, "compile", lambda function: full)
     with pytest.raises(torch.OutOfMemoryError):
-        main.tried("the compiled loss", main.try_compiler, torch.randn(97, 16), None)
+        main.use_compiled_softmax(torch.randn(97, 16), None)
 
 
 def test_a_head_in_float32_learns_in_float32_from_states_in_16_bits(small_chunks):
@@ -575,8 +577,6 @@ def test_a_lean_norm_answers_in_the_dtype_of_the_products_behind_it(dtype):
 
 def put_together(folder, place, model=None, **settings):
     """Let main.py put model and Trainer together. Returns: the Trainer."""
-    from types import SimpleNamespace
-
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -617,7 +617,7 @@ def attention_on_a_cpu(more=0):
         q, k, v = (x.unflatten(0, (-1, most)).transpose(1, 2) for x in (q, k, v))
         at, back = torch.arange(most), most if window_size[0] < 0 else window_size[0] + more
         mask = (at[:, None] >= at) & (at[:, None] - at <= back)
-        return main.sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa).transpose(1, 2).flatten(0, 1)
+        return sdpa(q, k, v, attn_mask=mask, scale=scale, enable_gqa=enable_gqa).transpose(1, 2).flatten(0, 1)
 
     return varlen
 
@@ -630,8 +630,8 @@ def test_the_trial_of_the_attention_finds_a_window_that_is_wrong_by_one_token(ti
     config.sliding_window = window
     for more, verdict in ((0, ""), (1, "differs from sdpa by"), (-1, "differs from sdpa by")):
         monkeypatch.setattr(main, "varlen_attn", attention_on_a_cpu(more))
-        assert verdict in main.try_attention(config, torch.device("cpu"), dtype)
-        assert bool(main.try_attention(config, torch.device("cpu"), dtype)) == bool(more)
+        why = main.ask("trials.attention", main.windowed_attention, config, torch.device("cpu"), dtype)
+        assert verdict in why and bool(why) == bool(more)
 
 
 def test_windowed_attention_gives_what_sdpa_gives_in_the_model(tiny_model, monkeypatch):
@@ -676,7 +676,8 @@ def graphs_of_layers(depth, folder):
         model.set_attn_implementation("windowed")
         main.use_lean_norms(model)
         options = {"backend": "aot_eager", "fullgraph": True}
-        assert main.compile_layers(model, True, 2, 40, options) == ""
+        plan = SimpleNamespace(activation_checkpointing=False)
+        assert main.ask("trials.layers", model, plan, True, 2, 40, options) == ""
     stats = counters["stats"]["unique_graphs"], dict(counters["graph_break"]), counters["aot_autograd"]["ok"]
     return stats
 

@@ -66,7 +66,7 @@ def test_the_page_of_flags_is_that_of_the_parser():
     page = (ROOT / "docs/flags.md").read_text()
     assert page == flags.page(flags.help_text(), main.REFUSED, FOREIGN)
     options = {option for option in re.findall(r"^  (--\w+)", flags.help_text(), re.M)}
-    assert options == set(re.findall(r"^\| `(--\w+)` \|[^|]*\|[^|]*\|$", page, re.M)) and len(options) == 41
+    assert options == set(re.findall(r"^\| `(--\w+)` \|[^|]*\|[^|]*\|$", page, re.M)) and len(options) == 46
 
 
 def test_the_front_door_names_what_is_at_the_top_level_and_leads_nowhere_else():
@@ -88,7 +88,7 @@ def test_the_tour_of_the_front_door_ends_with_a_model_that_writes(tiny, tmp_path
     """S10, B12: its lines as they stand, in a copy, but for the model, which is tiny here."""
     tour = re.search(r"## From your text[^#]*?\n\n((?: {4}.*\n)+)", (ROOT / "README.md").read_text())[1]
     assert tour.count("quickstart/gemma-3-270m") == 2 and tour.startswith("    source .venv/bin/activate\n")
-    for name in ["main.py", "requirements.txt", "tools", "docs", *(path.name for path in ROOT.glob("*.sh"))]:
+    for name in ["main.py", "requirements.txt", "tools", "docs", "examples", *(path.name for path in ROOT.glob("*.sh"))]:
         (tmp_path / name).symlink_to(ROOT / name)
     lines = tour.replace("source .venv/bin/activate", f"set -e; export PATH={PATH}")
     lines = lines.replace("quickstart/gemma-3-270m", str(tiny)).replace("--max_seq_length 512", "--max_seq_length 64")

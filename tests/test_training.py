@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import sys
 
 import pytest
@@ -23,6 +24,7 @@ from helpers import (
     run,
     same_weights,
     short_run,
+    steps,
     two_processes,
     weights_of,
     write_jsonl,
@@ -265,6 +267,112 @@ def test_an_ordinary_plan_has_no_notes(flags, two_epochs, tmp_path):
     assert "\nnote " not in done.out and "warm-up 0 steps" in done.out
 
 
+@pytest.mark.parametrize("steps, said", [(2, False), (3, False), (4, True)])
+def test_the_time_is_said_after_the_third_step(steps, said, two_epochs, tmp_path):
+    """F17: whatever --logging_steps is, before the fourth step; not where nothing is left."""
+    done = finish(*two_epochs, "--max_steps", steps, "--logging_steps", 50, "--output_dir", tmp_path / "out")
+    line = re.search(r"^time +[\d.]+ s a step: [\d.]+ s for the 1 to come, besides evaluations and", done.out, re.M)
+    assert bool(line) == said and (not said or line.start() < done.out.index("'loss'")), done.out
+
+
+# ── The dry run ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def dry(*argv, **more):
+    """A dry run. Returns: (as run does, {word: rest of its line} of the report)."""
+    done = run(*argv, "--dry_run", **more)
+    report = done.out.partition("\nDry run: ")[2]
+    return done, dict(re.findall(r"^(\w+) +(.*)$", "steps " + report, re.M))
+
+
+def test_a_dry_run_tells_what_a_run_will_take_and_leaves_nothing(two_epochs, tmp_path):
+    """U1: the plan, then steps, tokens, speed, time with evaluations and saves, memory and disk; no directory."""
+    output = tmp_path / "new" / "out"
+    words = [*two_epochs, "--output_dir", output, "--save_steps", 5, "--eval_steps", 4, "--sample_prompt", "with"]
+    done, report = dry(*words)
+    assert done.status == 0, done.err
+    assert "12 steps; 3,072 tokens to come" in done.out  # 2 epochs of 24 chunks of 64, 4 a step
+    assert f"output   nothing is written into {output}" in done.out
+    assert re.fullmatch(r"[\d.]+ s a step, [\d,]+ tokens a second", report["speed"])
+    assert re.search(r"to the end: training [\d.]+ s, 4 evaluations [\d.]+ s, 3 saves [\d.]+ s$", report["time"])
+    assert re.fullmatch(r"[\d.]+ GB at the peak of a process, of [\d.]+ GB", report["memory"])
+    assert re.fullmatch(r"0\.00\d+ GB for checkpoints, [\d.]+ GB free", report["disk"])  # 4 × 99,008 × 12 bytes
+    assert "sample   'with': " in done.out and "{'eval_loss'" not in done.out
+    assert not output.exists() and list(output.parent.iterdir()) == []
+    assert "Done" not in done.out
+
+
+def test_a_dry_run_beside_a_stopped_run_counts_what_is_left_and_changes_nothing(every_step_saved, tmp_path):
+    """U1: the real run goes on to the same weights afterwards."""
+    argv, expected = every_step_saved
+    output = tmp_path / "out"
+    output.mkdir()
+    for name in ("checkpoint-1", "checkpoint-2"):
+        shutil.copytree(expected / name, output / name)
+    before = {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in output.rglob("*")}
+    done, report = dry(*argv, "--output_dir", output)
+    assert done.status == 0 and "4 steps, 2 of them made; 256 tokens to come" in done.out, done.out + done.err
+    assert {path: (path.stat().st_mtime_ns, path.stat().st_ino) for path in output.rglob("*")} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    finish(*argv, "--output_dir", output)
+    assert in_child(same_weights, expected, output)
+
+
+def test_a_dry_run_clears_what_a_killed_one_has_left(two_epochs, tmp_path):
+    """U1: killed at any time it leaves at most a hidden directory, which the next one uses and removes."""
+    left = tmp_path / ".out.dry-run"
+    run(*two_epochs, "--output_dir", tmp_path / "out", "--dry_run", signals=[(1.0, 9)])
+    left.mkdir(exist_ok=True)
+    (left / "checkpoint-3").mkdir(exist_ok=True)
+    (left / "checkpoint-3" / "x").write_text("half")
+    done, _ = dry(*two_epochs, "--output_dir", tmp_path / "out")
+    assert done.status == 0 and list(tmp_path.iterdir()) == [], done.err
+    for number in (2, 15):
+        words = [*two_epochs, "--max_steps", 500, "--output_dir", tmp_path / "out", "--dry_run"]
+        done = run(*words, signals=[(0.5, number)])
+        assert done.status in (128 + number, 0) and list(tmp_path.iterdir()) == [], done.err
+
+
+def test_a_dry_run_on_a_small_disk_says_so(two_epochs, disk):
+    """U1: the disk for the checkpoints that are kept; status 1, as the run would not get through."""
+    disk.resize("size=8m")
+    output = disk.folder / "out"
+    words = [*two_epochs, "--output_dir", output, "--dry_run"]
+    done = disk.server.run([*words, "--save_total_limit", 9], output)
+    assert done["status"] == 1 and "warning  the disk is too small: lower --save_total_limit" in done["out"], done
+    done = disk.server.run([*words, "--save_total_limit", 1], output)
+    assert done["status"] == 0 and "too small" not in done["out"], done
+    assert disk.call("ls", "-A", disk.folder) == ""
+
+
+@pytest.mark.slow
+def test_a_dry_run_finds_what_fits_into_memory(two_epochs, tmp_path):
+    """U1: half the batch and twice the accumulation, until it fits; said with the flags; status 1."""
+    need("prlimit")
+    rows = ["The quick brown fox jumps over the lazy dog. " * 1000] * 35
+    write_jsonl(tmp_path / "much.jsonl", rows)
+    words = ["--model_name_or_path", two_epochs[1], "--train_file", tmp_path / "much.jsonl", "--max_seq_length", 512,
+             "--no_truncation", "--per_device_train_batch_size", 512, "--gradient_accumulation_steps", 1,
+             "--max_steps", 1, "--report_to", "none", "--output_dir", tmp_path / "out", "--dry_run"]  # fmt: skip
+    done = launch("prlimit", f"--as={4 * 2**30}", sys.executable, ROOT / "main.py", *words)
+    assert done.status == 1 and "Traceback" not in done.err, done.out + done.err
+    asked = "--per_device_train_batch_size 512 --gradient_accumulation_steps 1 --max_seq_length 512"
+    assert f"note     {asked} does not fit into memory: less is tried" in done.out
+    found = re.search(rf"warning  {asked} did not fit into memory; this does: (.*)$", done.out, re.M)[1].split()
+    batch, accumulation = int(found[1]), int(found[3])
+    assert batch * accumulation == 512 and 1 < batch < 512
+    assert not (tmp_path / "out").exists() and not (tmp_path / ".out.dry-run").exists()
+
+
+@pytest.mark.slow
+def test_a_dry_run_of_two_processes(two_epochs, tmp_path):
+    """U1, B13: one report; nothing is left."""
+    done = launch(*two_processes(), *two_epochs, "--per_device_train_batch_size", 2, "--dry_run",
+                  "--output_dir", tmp_path / "out")  # fmt: skip
+    assert done.status == 0 and done.out.count("Dry run: 12 steps; 3,072 tokens to come") == 1, done.out + done.err
+    assert list(tmp_path.iterdir()) == []
+
+
 # ── Log lines and curves ─────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -436,6 +544,127 @@ def test_looking_does_not_change_the_training(two_epochs, two_epochs_trained, tm
     """F17 to F19: bit-equal weights whatever is logged, evaluated and saved."""
     finish(*two_epochs, "--output_dir", tmp_path / "out", "--logging_steps", 5, "--eval_steps", 3, "--save_steps", 2)
     assert in_child(same_weights, two_epochs_trained, tmp_path / "out")
+
+
+def with_dropout(tiny, folder):
+    """Make a copy of the tiny model whose attention drops a tenth: its training draws random numbers."""
+    shutil.copytree(tiny, folder)
+    config = json.loads((folder / "config.json").read_text()) | {"attention_dropout": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+PROMPTS = ["The with statement", "if x:\n    y = ", "ünïcödé 🙂"]
+
+
+@pytest.mark.parametrize("way", ["plain", "dropout", "--gradient_checkpointing", pytest.param("--torch_compile",
+                                                                                          marks=pytest.mark.slow)])
+def test_samples_do_not_change_the_training(way, two_epochs, two_epochs_trained, tiny, tmp_path):
+    """U5: bit-equal weights with and without, though the model writes at every other step."""
+    words, output = [*two_epochs, *([way, True] if way[0] == "-" else [])], tmp_path / "with"
+    if way == "dropout":
+        words[1] = with_dropout(tiny, tmp_path / "model")
+    expected = tmp_path / "without" if way != "plain" else two_epochs_trained
+    if way != "plain":
+        finish(*words, "--eval_steps", 2, "--output_dir", expected)
+    done = finish(*words, "--eval_steps", 2, "--output_dir", output, "--sample_prompt", *PROMPTS)
+    assert in_child(same_weights, expected, output)
+    assert [f"step {word}" for word in PROMPTS if done.out.count(f"sample   {word!r}: ") != 7] == []  # 6 and the end
+    assert "is not used" not in done.out
+
+
+def greedy(folder, prompt):
+    """What transformers itself writes behind a prompt, with its cache."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    given = tokenizer(prompt, return_tensors="pt")["input_ids"]
+    made = model.generate(given, max_new_tokens=40, do_sample=False)[0, given.shape[1] :]
+    return tokenizer.decode(made)
+
+
+@pytest.mark.parametrize("validated", [True, False])
+def test_the_last_samples_are_what_the_finished_model_writes(validated, two_epochs, tmp_path):
+    """U5: in the log and in TensorBoard, with and without validation data."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    words = [*two_epochs] if validated else two_epochs[:4] + two_epochs[6:]
+    done = finish(*words, "--report_to", "tensorboard", "--output_dir", tmp_path / "out", "--sample_prompt", *PROMPTS)
+    loaded = EventAccumulator(str(tmp_path / "out" / "runs"), size_guidance={"tensors": 0}).Reload()
+    for number, prompt in enumerate(PROMPTS, 1):
+        text = in_child(greedy, tmp_path / "out", prompt)
+        assert f"sample   {prompt!r}: {text!r}\n" in done.out
+        shown = loaded.Tensors(f"sample {number}/text_summary")[-1]
+        assert shown.step == 12 and shown.tensor_proto.string_val[0].decode() == prompt + text
+
+
+# ── Early stopping ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def seen_losses(output):
+    """The evaluation losses of a finished run but for that of the finished model."""
+    history = json.loads((output / "trainer_state.json").read_text())["log_history"]
+    return [row["eval_loss"] for row in history if "eval_loss" in row][:-1]
+
+
+def test_a_run_ends_when_evaluations_get_no_better_and_keeps_the_best(early, two_epochs, tmp_path):
+    """U4: after exactly so many in a row; the finished model is the best one's, and the checkpoint of it is there."""
+    argv, output, done = early
+    seen = seen_losses(output)
+    best = seen.index(min(seen))
+    assert 2 < len(seen) < 30 and len(seen) - 1 - best == 2 and len(seen) == steps(output)[-1]
+    assert done.out.count("The last evaluations were no better (--early_stopping_patience): the training ends.") == 1
+    assert "fewer, once 2 evaluations in a row are no better" in done.out
+    assert results(output)["eval_loss"] == pytest.approx(min(seen), rel=1e-6)
+    assert in_child(same_weights, output, output / f"checkpoint-{best + 1}")
+
+
+def test_early_stopping_goes_on_exactly_after_a_kill(early, tmp_path):
+    """U4: killed before the end, behind the last checkpoint, or stopped by a signal: never a step more or less."""
+    argv, expected, _ = early
+    last = steps(expected)[-1]
+    for when, left in (("behind the last checkpoint", 3), ("one before", 2)):
+        output = tmp_path / when
+        shutil.copytree(expected, output)
+        for name in ("model.safetensors", "manifest.json"):
+            (output / name).unlink()
+        for number in steps(output)[left:]:
+            shutil.rmtree(output / f"checkpoint-{number}")
+        done = finish(*argv, "--output_dir", output)
+        assert f"Going on from {output}/checkpoint-{steps(output)[-1] if left == 3 else last - 1}" in done.out
+        assert steps(output)[-1] == last and seen_losses(output) == seen_losses(expected)
+        assert in_child(same_weights, expected, output)
+    output = tmp_path / "signals"
+    for number in range(20):
+        done = run(*argv, "--output_dir", output, signals=[(0.8 + 0.05 * number, 15)])
+        assert done.status in (0, 143), done.err
+        if done.status == 0:
+            break
+    assert done.status == 0 and seen_losses(output) == seen_losses(expected)
+    assert in_child(same_weights, expected, output)
+
+
+def test_a_best_evaluation_starts_the_count_anew(two_epochs, tmp_path):
+    """U4: a loss that falls at each evaluation never ends the run."""
+    words = ["--eval_steps", 2, "--save_steps", 2, "--early_stopping_patience", 1]
+    finish(*two_epochs, *words, "--output_dir", tmp_path / "out")
+    assert steps(tmp_path / "out")[-1] == 12
+
+
+@pytest.mark.parametrize("flags, words", {
+    "--eval_steps 2 --save_steps 4": ("--early_stopping_patience needs a checkpoint of each", "--save_steps"),
+    "--load_best_model_at_end False": ("--early_stopping_patience ends with the best model", "leave"),
+    "--early_stopping_patience 0": ("must be at least 1",),
+}.items())
+def test_early_stopping_that_cannot_work_is_refused(flags, words, refuse):
+    """U4: what --load_best_model_at_end needs, in a sentence."""
+    more = "" if "patience" in flags else " --early_stopping_patience 2"
+    refuse(f"--train_file {{train}} --validation_file {{train}} {flags}{more}", *words)
+
+
+def test_early_stopping_without_validation_data_is_refused(refuse):
+    """U4: nothing would be evaluated."""
+    refuse("--train_file {train} --early_stopping_patience 2", "--early_stopping_patience", "validation data")
 
 
 @pytest.mark.parametrize("batch", [1, 5, 13])

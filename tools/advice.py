@@ -5,6 +5,7 @@ Each function takes facts and returns words, or "" where it knows nothing better
 here changes what is trained: without this file main.py trains the same, and ends with shorter sentences, or later.
 """
 import difflib  # the nearest name
+import glob  # what an output_dir holds
 import gzip  # looks into .gz files
 import itertools  # numbers for names of new files
 import json  # objects that span lines
@@ -57,9 +58,30 @@ def call(args, say):  # args: Namespace of parse_args(); say (function): prints 
     words = " ".join(flags)  # of the Trainer, which has not parsed them so far
     best = re.search("--load_best_model_at_end(?! (?i:false|f|no|n|0)( |$))", words)  # None: not asked for
     steps = not re.search("--(save|eval)_strategy (?!steps)", words)  # True: both happen at steps
+    output = args.output_dir  # may not exist yet
+    marks = (".lock", "manifest.json", "checkpoint-[0-9]*")  # of a training
+    patient = bool(args.early_stopping_patience)  # it keeps the best model, too
+    asks = "--early_stopping_patience" if patient else "--load_best_model_at_end"  # which flag wants evaluations
+    no_best = re.search("--load_best_model_at_end (?i:false|f|no|n|0)( |$)|--no_load_best_model_at_end", words)  # asked
+    split = args.validation_split_percentage or 0  # percent of the training data that are held out
     faults = [  # (whether it is wrong, the sentence)
-        (best and steps and args.save_steps != args.eval_steps,  # the best one would be lost
-         "--load_best_model_at_end needs a checkpoint of each evaluation: make --save_steps equal to --eval_steps"),
+        (not os.path.exists(os.readlink("/proc/self/cwd")),  # "… (deleted)"
+         "the current directory was removed: cd to another"),
+        ((best or patient) and steps and args.save_steps != args.eval_steps,  # the best one would be lost
+         f"{asks} needs a checkpoint of each evaluation: make --save_steps equal to --eval_steps"),
+        (patient and no_best,  # the last weights are worse than those of some evaluations before
+         "--early_stopping_patience ends with the best model: leave --load_best_model_at_end out"),
+        (split >= 100,  # nothing would be left
+         f"--validation_split_percentage {split:g} leaves nothing to train on: choose one below 100, such as 5"),
+        (args.evaluate_only and (split or args.dry_run),  # there is no training
+         f"{'--validation_split_percentage' if split else '--dry_run'} is for a training: leave it out of --do_eval"),
+        (split and args.validation_file,  # there is validation data
+         "--validation_split_percentage and --validation_file exclude each other: leave one out"),
+        (args.evaluate_only and any(glob.glob(mark, root_dir=output) for mark in marks),  # would be mixed
+         f"--output_dir {output} holds a training run: choose another for --do_eval"),
+        (os.path.exists(configs[1]),  # of PEFT, alone or beside its base
+         f"--model_name_or_path {model} holds an adapter, which would be ignored: save the model with the adapter "
+         "merged into it (merge_and_unload), and give that directory"),
         (args.use_flash_attention and versions != {"2"},  # missing, or another version
          "--use_flash_attention needs flash-attn 2: pip install flash-attn --no-build-isolation"),
         (args.ddp_backend and os.environ.get("WORLD_SIZE", "1") == "1",  # torch would miss the others
@@ -104,13 +126,26 @@ def trainer(plan, args):  # plan: TrainingArguments; args: Namespace of parse_ar
     """Return what is wrong with the flags of the Trainer, or "": what would fail behind data and model."""
     import torch  # main.py has loaded it
     known = torch._dynamo.list_backends(())  # names of compilers, with those for tests
-    backend = args.torch_compile and args.torch_compile["backend"]  # False: nothing is compiled
+    wanted = args.torch_compile or {}  # of torch.compile; empty: nothing is compiled
+    backend, mode = wanted.get("backend"), wanted.get("mode")  # None where none was asked for
+    pushed = [flag for flag in args.given if re.match("--(hub_|push_to_hub)", flag)]  # what is to be uploaded, and how
+    odd = sorted({*pushed} - {"--push_to_hub", "--hub_model_id", "--hub_token", "--hub_private_repo"})  # of no use here
     old = plan.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 0)  # a T4 or V100
     faults = [  # (whether it is wrong, the sentence)
         (plan.max_steps < 1 and plan.max_steps != -1,  # -1 stands for not given
          f"--max_steps: {plan.max_steps} must be at least 1, or be left out to train --num_train_epochs"),
         (backend and backend not in known,  # a typo
          f"--torch_compile_backend {backend}: known are {', '.join(known)}"),
+        (mode not in (None, "default", "max-autotune-no-cudagraphs"),  # torch documents it for accumulation
+         f"--torch_compile_mode {mode}: known are default and max-autotune-no-cudagraphs; the others use CUDA graphs, "
+         "which cannot add up the gradients of several batches"),
+        (plan.use_liger_kernel and backend,  # Liger would replace parts of compiled layers
+         "--use_liger_kernel and --torch_compile exclude each other: leave one out"),
+        (pushed and args.evaluate_only,  # nothing is made
+         f"{', '.join(pushed)} is for a training: leave it out of --do_eval"),
+        (odd, f"{', '.join(odd)}: the finished model is uploaded once, to the main branch; leave it out"),  # no
+        (pushed and "--push_to_hub" not in pushed,  # they would be ignored
+         f"{', '.join(pushed)} is for --push_to_hub: give that, too, or leave it out"),
         (old and plan.mixed_precision == "bf16", "--bf16 needs an A40 or a newer GPU: use --fp16")]  # emulated, slow
     return next((sentence for wrong, sentence in faults if wrong), "") or optimizer(plan, args.given)  # the first
 
@@ -154,26 +189,6 @@ def way_on(words):  # words (str): of an error on a schedule's or an optimizer's
     if re.search("unsupported operand|not supported between|could not convert|must be real", words):  # '"1e-6"'
         return "; write numbers, without quotes"  # JSON tells "1" from 1
     return ""  # the library says it
-
-def plan(args, chunks, a_pass, a_step, steps, warmup, world, size):  # numbers of print_plan()
-    """Return lines for what is odd in a plan, [] for an ordinary one. size (int): bytes of a checkpoint."""
-    rate = f"{(steps - 1) / max(warmup, 1):.1%}"  # the most that is reached: the rate starts at 0
-    there = [name for name in os.listdir(args.output_dir) if name.startswith("checkpoint-")]  # of earlier calls
-    need = (args.save_total_limit + 1 - len(there)) * size  # bytes: the oldest goes once the newest is there
-    free = shutil.disk_usage(args.output_dir).free  # bytes, of the disk that holds output_dir
-    notes = [  # (whether it applies, the line)
-        (warmup >= steps,  # the default warm-up is made for long runs
-         f"note     the run is shorter than its warm-up: it reaches {rate} of the learning rate; "
-         f"lower --warmup_steps, to {steps // 10} for example"),
-        (chunks < a_step > a_pass,  # a handful of texts
-         f"note     all {chunks:,} chunks make less than one step of {a_step:,}: lower "
-         f"--gradient_accumulation_steps to {max(1, chunks // a_pass)} for a full one"),
-        (chunks % a_pass and world > 1,  # some chunks fill up the last batch
-         f"note     {-chunks % a_pass:,} chunks are trained on twice an epoch"),
-        (free < need,  # the run would end in the middle
-         f"warning  {need / 1e9:.2g} GB will be needed for checkpoints in {args.output_dir}, "
-         f"where {free / 1e9:.2g} GB are free: see --save_total_limit")]
-    return [line for applies, line in notes if applies]  # in this order
 
 # ── Files ──────────────────────────────────────────────────────────────────────────────────────────
 PICTURE = "is a picture, which holds no text: leave it out"  # of any kind

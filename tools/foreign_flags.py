@@ -12,7 +12,7 @@ DATA = "here it is --dataset_name for a data set, --train_file for files"  # eit
 TRAINFILE = "here it is --train_file"  # also folders and globs
 VALFILE = "here it is --validation_file; of a --dataset_name its validation split is used"  # held out
 SPLITS = "not offered: the splits named train and validation are used"  # of a data set
-HOLDOUT = "not offered: give held-out texts to --validation_file; a data set needs a validation split"  # not by chance
+HOLDOUT = "here it is --validation_split_percentage, in percent of the texts"  # or --validation_file
 STREAM = "not offered: data is prepared on disk and memory-mapped; it may be larger than memory"  # as fast
 SHUFFLE = "not needed: each epoch has a new order, unless --train_sampling_strategy sequential; leave it out"  # new
 LENGTH = "here it is --max_seq_length, the tokens of a chunk; texts are packed into chunks"  # the context
@@ -37,7 +37,7 @@ LOGSTEPS = "here it is --logging_steps"  # or a share of the run
 RUNS = "not offered: curves are in the directory runs of --output_dir"  # where TensorBoard finds them
 TRACKER = "not offered: set the tracker's environment variable, such as WANDB_PROJECT"  # of wandb and the like
 EVALSTEPS = "here it is --eval_steps"  # or a share of the run
-EARLY = "not offered: --load_best_model_at_end keeps the best weights of a whole run"  # the best one is kept
+EARLY = "here it is --early_stopping_patience, in evaluations"  # the best one is kept
 LAUNCH = "not offered: it is a flag of accelerate launch and goes before main.py"  # not of main.py
 GPUS = "not offered: accelerate launch starts a process for each GPU; CUDA_VISIBLE_DEVICES chooses them"  # a rank each
 WHOLEMODEL = "not offered: each process holds the whole model, 4.3 GB with gradients and Adam's state"  # small
@@ -47,7 +47,7 @@ WORKERS = "here it is --dataloader_num_workers; to tokenize --preprocessing_num_
 ADAPTER = "not offered: all weights are trained, without adapters"  # the model is small
 MERGE = "not offered: merge the adapter into its model (merge_and_unload), and train that"  # one set of weights
 QUANT = "not offered: weights are trained in float32; --bf16 halves the activations"  # updates would be lost
-WRITES = "not offered: main.py only trains; the README shows how a finished model writes"  # in Python
+WRITES = "not offered: main.py only trains; a finished model writes with bash example_run.sh generate"  # in Python
 CHAT = "not offered: texts go in as they are; write a conversation as one text, with its marks"  # for now raw text
 PROMPT = "not offered: all tokens of a text are learnt, prompts too"  # for now raw text
 PLAIN = "not offered: it trains on plain text, to predict the next token"  # one task
@@ -93,7 +93,6 @@ FOREIGN = {  # flag → the clause behind "unknown flag --x: "; behind each line
     "--eval_dataset": VALFILE,  # LLaMA-Factory
     "--test_datasets": VALFILE,  # Axolotl
     "--val_file": VALFILE, "--eval_file": VALFILE,  # an abbreviation
-    "--validation_split_percentage": HOLDOUT,  # run_clm
     "--val_set_size": HOLDOUT,  # Axolotl
     "--val_size": HOLDOUT,  # LLaMA-Factory
     "--test_split_size": HOLDOUT,  # TRL
@@ -244,7 +243,6 @@ FOREIGN = {  # flag → the clause behind "unknown flag --x: "; behind each line
     "--eval_iters": "here it is --max_eval_samples, which counts chunks, not batches",  # nanoGPT
     "--eval_only": "here it is --do_eval, without --do_train",  # nanoGPT
     "--final_validation": "not needed: with validation data the finished model is evaluated; leave it out",  # LitGPT
-    "--early_stopping_patience": EARLY,  # Axolotl
     "--patience": EARLY,  # an abbreviation
     "--include_inputs_for_metrics":  # transformers 4
         "not offered: an evaluation gives loss, perplexity and bits per byte",
@@ -302,5 +300,5 @@ FOREIGN = {  # flag → the clause behind "unknown flag --x: "; behind each line
     # Other
     "--random_state": "here it is --seed",  # Unsloth
     "--random_seed": "here it is --seed",  # an abbreviation
-    "--config": "not offered: flags are all there is; keep them in a shell script",  # TRL, torchtune, LitGPT
+    "--config_file": "here it is --config, with one flag a line",  # accelerate, an abbreviation
 }
