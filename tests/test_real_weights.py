@@ -97,6 +97,39 @@ print(json.dumps(pipeline("text-generation", "quickstart/model")("The with", max
     assert text.startswith("The with") and len(text) > len("The with")
 
 
+def test_the_model_writes_in_llama_cpp_too(quickstart, tmp_path):
+    """U8: converted by llama.cpp's converter, read by llama.cpp: same tokens, log-probabilities within 0.05 nats."""
+    folder, _ = quickstart
+
+    def scenario(*words, **env):
+        command = ["bash", "example_run.sh", *map(str, words)]
+        return subprocess.run(command, cwd=folder, env=clean_environment() | env, capture_output=True, text=True)
+
+    done = scenario("gguf")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "tokens     200 of 200 are the same" in done.stdout and "It agrees with transformers." in done.stdout
+    assert float(re.search(r"differ by ([\d.]+) nats on average", done.stdout)[1]) < 0.05
+    written = scenario("generate", "The with statement", "--max_new_tokens", 12)
+    assert written.returncode == 0 and "with statement" in written.stdout, written.stderr
+    first = re.search(r"\n(The with statement\S* \S+ \S+ \S+)", written.stdout)[1]
+    assert f"llama.cpp  {first}" in done.stdout
+    model = folder / "quickstart/model.gguf"
+    stamp = model.stat().st_mtime_ns
+
+    other = tmp_path / "other"  # llama.cpp has no such attention: it scales by the size of a head
+    shutil.copytree(folder / "quickstart/gemma-3-270m", other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"query_pre_attn_scalar": 64}))
+    apart = scenario("gguf", "--outfile", model, "--max_tokens", 50, MODEL=str(other))
+    assert apart.returncode == 1 and "is not the same, so" in apart.stderr
+    assert model.stat().st_mtime_ns == stamp and "Installing" in done.stdout and "Installing" not in apart.stdout
+
+    (other / "config.json").write_text(json.dumps(config | {"architectures": ["OddForCausalLM"]}))
+    odd = scenario("gguf", "--outfile", model, MODEL=str(other))
+    assert odd.returncode == 1 and odd.stderr.startswith("to_gguf.py: error: ") and "was not converted" in odd.stderr
+    assert model.stat().st_mtime_ns == stamp and [*model.parent.glob(".*.part")] == []
+
+
 def test_perplexity_equals_plain_transformers(quickstart):
     """B9, L1, L2, L3: on real weights and the same chunks, to 1e-3, in float32; bits per byte, too."""
     folder, _ = quickstart

@@ -19,7 +19,9 @@ PATIENCE = 60  # seconds without any progress, in or out, that end an upload
 PAUSES = (2, 8)  # seconds before the second and the third try, where a hub has a fault of its own
 TERMS = "ai.google.dev/gemma/terms"  # Google's Gemma Terms of Use
 POLICY = "ai.google.dev/gemma/prohibited_use_policy"  # a part of section 3.2 of the terms
-MARK = "fine-tuned"  # a word in each card and notice of ours
+MARKS = {  # what tells a text of ours from one of the user, who may take the first away
+    "README.md": "<!-- main.py writes this page after a training; without this line it stays -->",  # hidden by a hub
+    "NOTICE": "which changed the weights (model.safetensors); configuration and tokenizer were saved anew."}  # no other
 NAME = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"  # owner/name on a hub; \w is ASCII by re.ASCII
 PUBLISHED = {268_098_176: r"gemma-3-270m(-it)?"}  # parameters: names of their models under google/
 FINISHED = (  # what a model on a hub consists of: no run.json, no training_args.bin, which know the machine
@@ -50,7 +52,7 @@ def card(facts):  # facts (dict): of a run that has ended
         "License": notice(gemma, license), "Data": data(args), "Evaluation": evaluation(facts),  # what to know first
         "Training": training(facts), "Use": usage(args),  # how to make it, and how to take it
         "Versions": [", ".join(f"{code(name)} {code(value)}" for name, value in versions)]}  # on a line
-    lines = [*header(args, base, license, facts), "",  # for the hub
+    lines = [*header(args, base, license, facts), MARKS["README.md"], "",  # for the hub and its readers
              f"# {code(short(args.model_name_or_path))}, fine-tuned", "",  # the title
              f"A language model of {facts['parameters']:,} parameters, fine-tuned from {came}."]  # one line
     for title, text in sections.items():  # in this order
@@ -63,7 +65,7 @@ def card(facts):  # facts (dict): of a run that has ended
 NOTICE = (  # of all that is made of Gemma; the first line is what the terms ask for, word by word
     f"Gemma is provided under and subject to the Gemma Terms of Use found at {TERMS}\n\n"
     "This model is a modification of Gemma. The files were modified: it was fine-tuned from\n{base},\n"
-    "which changed the weights (model.safetensors); configuration and tokenizer were saved anew.\n\n"
+    f"{MARKS['NOTICE']}\n\n"
     "The use restrictions in section 3.2 of the terms, which include the Gemma Prohibited Use Policy found at\n"
     f"{POLICY}, apply to this model and to all that is made of it.\n"
     "Whoever passes it on has to pass on these restrictions, a copy of the terms, and this notice.\n")
@@ -208,7 +210,7 @@ def training(facts):  # → lines: a table of the flags that decide the weights,
     shown = [(flag, "" if value is True else value) for flag, value in shown]  # a switch has no value
     processes = facts["processes"]  # devices, as each process has one
     chunks = args.per_device_train_batch_size * args.gradient_accumulation_steps * processes  # of a step
-    dtype = f"{facts['autocast']} autocast".replace("no autocast", "float32")  # of matrix products
+    dtype = f"{facts['autocast']} autocast".replace("no autocast", "float32 products")  # of matrices
     device = f"{code(facts['device'])}, {processes} process{'es' * (processes > 1)}"  # of each
     batch = f"{args.per_device_train_batch_size} × {args.gradient_accumulation_steps} × {processes}"  # chunks
     rows = [("effective batch", f"{batch} = {chunks:,} chunks = {chunks * args.max_seq_length:,} tokens a step"),  # all
@@ -216,7 +218,10 @@ def training(facts):  # → lines: a table of the flags that decide the weights,
             ("tokens trained on", f"{facts['tokens']:,}"),  # each pass counts
             ("precision", f"float32 weights, {dtype}; saved in {facts['dtype']}"),  # of both
             ("device", device)]  # other devices round otherwise
-    flags = [*shown, *typed(getattr(args, "trainer_argv", []))]  # main.py's, then the Trainer's
+    more = typed(getattr(args, "trainer_argv", []))  # the Trainer's
+    limited = dict(more).get("--max_steps", "-1").strip() not in ("", "-1")  # -1 stands for not given
+    unused = ["--num_train_epochs"] * limited  # would look like the length of the run
+    flags = [pair for pair in [*shown, *more] if pair[0] not in unused]  # --max_steps has priority
     rows += [(code(flag), code(value) if str(value) else "on") for flag, value in flags]  # "" for a switch
     table = [f"| {name} | {value} |" for name, value in rows]  # two columns
     return [  # a table has a header in Markdown, here an empty one
@@ -456,7 +461,7 @@ def accompany(trainer, run, folder):  # trainer: main.py's FineTuner; run: its R
         shutil.copyfile(args.vocabulary, os.path.join(folder, "tokenizer.model"))  # 4.7 MB, for llama.cpp and LiteRT
     with open(os.path.join(folder, "all_results.json"), encoding="utf-8") as file:  # of evaluation and training
         metrics = json.load(file)  # name → number
-    seen = [line["tokens_seen"] for line in state.log_history if "tokens_seen" in line]  # of all calls
+    seen = [line["tokens_seen"] for line in state.log_history if "tokens_seen" in line] or [0]  # of all calls
     facts = {"args": args, "metrics": metrics, "versions": run.versions, "device": run.versions["device"]}  # of the run
     facts |= {"parameters": trainer.model.num_parameters(), "model_type": trainer.model.config.model_type}  # sizes
     facts |= {"processes": run.ranks.size, "autocast": trainer.args.mixed_precision}  # of this call
@@ -464,7 +469,7 @@ def accompany(trainer, run, folder):  # trainer: main.py's FineTuner; run: its R
     for name, text in card(facts).items():  # README.md, and for a Gemma NOTICE
         there = os.path.join(run.output_dir, name)  # from an earlier call, or of the user
         with suppress(OSError), open(there, encoding="utf-8", errors="replace") as file:  # mostly there is none
-            if MARK not in file.read():  # no word of ours
+            if MARKS[name] not in file.read():  # the user has written it, or made it his own
                 words = f"{there} is not of main.py and stays: the model has no {name} of its own"  # a user's page
                 print(f"note     {words}", flush=True)  # the run goes on
                 continue  # to the next file
