@@ -221,7 +221,7 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     args.train_file = expand_files("--train_file", args.train_file)  # [] without the flag
     args.validation_file = expand_files("--validation_file", args.validation_file)  # [] without the flag
     args.resume_from_checkpoint = args.resume_from_checkpoint and realpath(args.resume_from_checkpoint)  # or None
-    output = args.output_dir  # may not exist yet
+    output = args.output_dir_asked = args.output_dir  # may not exist yet
     refuse("call", args, log0)  # what would fail behind minutes of work, or be ignored; notes on what is odd
     die_if(args.dataset_name and args.train_file + args.validation_file,  # data given twice
            "--dataset_name and --train_file or --validation_file exclude each other: leave one out")
@@ -229,11 +229,10 @@ def check_args(args):  # what argparse cannot say; globs and aliases are expande
     die_if(not (args.dataset_name or vars(args)[need]), f"no data: give --dataset_name or --{need}")  # nothing to read
     die_if(not eval_only and realpath(output) == realpath(args.model_name_or_path),  # the base model would be replaced
            f"--output_dir {output} is the model to start from: choose another directory")
-    args.output_dir_asked = output  # in which a dry run writes nothing
-    if args.dry_run:  # beside it, on the same disk; removed at the end
-        folder, name = os.path.split(abspath(output))  # the disk that the run will fill
-        args.output_dir = join(folder, f".{name}.dry-run")  # hidden: no name that a user has given
-    for flag, folder in (("cache_dir", args.cache_dir), ("output_dir", args.output_dir)):  # tried before the work
+    if args.dry_run:  # writes nothing in it, but beside it, until it ends
+        output, name = os.path.split(abspath(output))  # the disk that the run will fill
+        args.output_dir = join(output, f".{name}.dry-run")  # hidden: no name that a user has given
+    for flag, folder in (("cache_dir", args.cache_dir), ("output_dir", output)):  # tried before the work
         try:  # a read-only disk, a file in the way, no permission
             os.makedirs(folder, exist_ok=True)  # makes the directories above it, too
             tempfile.TemporaryFile(dir=folder).close()  # a file of no name, gone once closed
@@ -1427,6 +1426,7 @@ def main(args, signals):  # the table of contents; args: Namespace, or the Syste
         tools["device"] = torch.cuda.get_device_name() if training_args.device.type == "cuda" else "cpu"  # own rounding
         settings = run_settings(args, training_args)  # by which this run is known again
         run = Run(settings, tools, args.resume_from_checkpoint, args.output_dir, ranks, signals, args)  # all of it
+        os.makedirs(args.output_dir, exist_ok=True)  # of a dry run; any other is there
     if ranks.size > 1:  # several processes: compare before any work
         check_plan(args, training_args, ranks)  # flags, versions and output_dir must agree
     found = Resume()  # a fresh start, unless a checkpoint is found

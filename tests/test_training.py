@@ -294,7 +294,7 @@ def test_a_dry_run_tells_what_a_run_will_take_and_leaves_nothing(two_epochs, tmp
     assert "12 steps; 3,072 tokens to come" in done.out  # 2 epochs of 24 chunks of 64, 4 a step
     assert f"output   nothing is written into {output}" in done.out
     assert re.fullmatch(r"[\d.]+ s a step, [\d,]+ tokens a second", report["speed"])
-    assert re.search(r"to the end: training [\d.]+ s, 4 evaluations [\d.]+ s, 3 saves [\d.]+ s$", report["time"])
+    assert re.search(r"to the end: training [\d.]+ s, 4 evaluations [\d.]+ s, 4 saves [\d.]+ s$", report["time"])
     assert re.fullmatch(r"[\d.]+ GB at the peak of a process, of [\d.]+ GB", report["memory"])
     assert re.fullmatch(r"0\.00\d+ GB for checkpoints, [\d.]+ GB free", report["disk"])  # 4 × 99,008 × 12 bytes
     assert "sample   'with': " in done.out and "{'eval_loss'" not in done.out
@@ -318,6 +318,22 @@ def test_a_dry_run_beside_a_stopped_run_counts_what_is_left_and_changes_nothing(
     assert in_child(same_weights, expected, output)
 
 
+GAPS = ("--save_steps 5 --eval_steps 5", "--save_strategy epoch --eval_strategy epoch", "--save_strategy no",
+        "--save_steps 0.25 --eval_steps 4 --eval_on_start")  # fmt: skip
+
+
+@pytest.mark.parametrize("gaps", GAPS)
+def test_a_dry_run_counts_evaluations_and_saves_as_the_run_makes_them(gaps, two_epochs, tmp_path):
+    """U1: at every multiple, at the last step, and of the finished model, for each way to say when."""
+    words = [*two_epochs, *gaps.split(), "--output_dir", tmp_path / "out", "--save_total_limit", 99]
+    done, report = dry(*words)
+    told = re.search(r"(\d+) evaluations .*, (\d+) saves", report["time"])
+    output, made = finish(*words), tmp_path / "out"
+    within = output.out.count("{'eval_loss'")
+    saved = len(list(made.glob("checkpoint-*")))
+    assert [int(number) for number in told.groups()] == [within + 1, saved + 1], (done.out, output.out)
+
+
 def test_a_dry_run_clears_what_a_killed_one_has_left(two_epochs, tmp_path):
     """U1: killed at any time it leaves at most a hidden directory, which the next one uses and removes."""
     left = tmp_path / ".out.dry-run"
@@ -327,6 +343,9 @@ def test_a_dry_run_clears_what_a_killed_one_has_left(two_epochs, tmp_path):
     (left / "checkpoint-3" / "x").write_text("half")
     done, _ = dry(*two_epochs, "--output_dir", tmp_path / "out")
     assert done.status == 0 and list(tmp_path.iterdir()) == [], done.err
+    for wrong in (["--push_to_hub"], ["--text_column", "none"], ["--optim", "none"]):  # each at another place
+        assert dry(*two_epochs, *wrong, "--output_dir", tmp_path / "out")[0].status == 2
+        assert list(tmp_path.iterdir()) == []
     for number in (2, 15):
         words = [*two_epochs, "--max_steps", 500, "--output_dir", tmp_path / "out", "--dry_run"]
         done = run(*words, signals=[(0.5, number)])
@@ -338,9 +357,9 @@ def test_a_dry_run_on_a_small_disk_says_so(two_epochs, disk):
     disk.resize("size=8m")
     output = disk.folder / "out"
     words = [*two_epochs, "--output_dir", output, "--dry_run"]
-    done = disk.server.run([*words, "--save_total_limit", 9], output)
+    done = disk.server.run([*words, "--save_total_limit", 9, "--save_steps", 1], output)
     assert done["status"] == 1 and "warning  the disk is too small: lower --save_total_limit" in done["out"], done
-    done = disk.server.run([*words, "--save_total_limit", 1], output)
+    done = disk.server.run([*words, "--save_total_limit", 9, "--save_steps", 9], output)
     assert done["status"] == 0 and "too small" not in done["out"], done
     assert disk.call("ls", "-A", disk.folder) == ""
 

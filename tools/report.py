@@ -185,17 +185,20 @@ def estimate(args, plan, chunks, seen, when):  # seen: as measured by dry_run();
     steps = steps_of(args, plan, chunks)  # whole numbers
     done = newest(args.output_dir_asked)  # steps of earlier calls of the same command
     left = max(0, steps["all"] - done)  # steps to come
-    def times(name, gap):  # gap: steps, or a part of all steps → how often something is due, the end included
-        gap = gap * steps["all"] if gap < 1 else gap  # in steps
-        gap = {"epoch": steps["epoch"], "no": math.inf}.get(when[name], gap)  # in steps
-        return int(left // max(1, gap)) + 1  # the last one is of the finished model
-    evals = times("evaluations", args.eval_steps) if seen["evaluation"] else 0  # without data there is none
-    saves = times("saves", args.save_steps)  # checkpoints, and the finished model
+    def due(gap):  # gap: steps, or a part of all steps → how often it comes up in the steps to come, the last included
+        gap = math.ceil(gap * steps["all"]) if gap < 1 else int(gap)  # in steps, as the Trainer rounds
+        return steps["all"] // gap - done // gap + bool(steps["all"] % gap)  # done: nothing comes up twice
+    evals = due(plan.eval_steps) if when["evaluations"] != "no" else 0  # within the training
+    evals = (plan.eval_on_start + evals + 1) * bool(seen["evaluation"])  # and the finished model; none without data
+    gap = plan.eval_steps if when["saves"] == "best" else plan.save_steps  # "best": at most at each evaluation
+    saves = (due(gap) if when["saves"] != "no" else 0) + 1  # checkpoints, and the finished model
     looks = evals * (seen["evaluation"] + seen["samples"])  # seconds of all evaluations
     parts = {"training": left * seen["step"], f"{evals:,} evaluations": looks}  # seconds
     parts[f"{saves:,} saves"] = saves * seen["save"]  # seconds
     told = ", ".join(f"{name} {duration(time)}" for name, time in parts.items() if time)  # where the time goes
-    need = (args.save_total_limit + 1 - bool(done)) * seen["checkpoint"]  # the oldest goes once the newest is there
+    kept = args.save_total_limit + 1 - bool(done)  # checkpoints: the oldest goes once the newest is there
+    kept += plan.load_best_model_at_end  # the best one stays, however old
+    need = min(kept, saves - 1) * seen["checkpoint"]  # bytes
     free = shutil.disk_usage(args.output_dir).free + seen["checkpoint"]  # bytes: the dry run's own goes
     a_step = steps["a_step"] * args.max_seq_length  # tokens
     goes_on = f", {done:,} of them made" * bool(done)  # by an earlier call
