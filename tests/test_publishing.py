@@ -491,3 +491,19 @@ def test_two_processes_push_once_and_end_together(tiny, train, tmp_path, monkeyp
         HUB.trouble = {"create": 403}
         done = launch(*two_processes(), *command(tiny, train, tmp_path / "other"))
         assert done.status and done.err.count("main.py: error: ") == 1 and "answered 403" in done.err
+
+
+def test_a_card_of_the_user_stays(tiny, train, tmp_path):
+    """U6: a README.md without our line is the user's, even one that speaks of fine-tuning: kept, with a note."""
+    words = ["--model_name_or_path", tiny, "--train_file", train, *SHORT, "--output_dir"]
+    pages = (("mine", "# My fine-tuned poet\n", True), ("ours", publish.MARKS["README.md"] + "\n", False))
+    for name, text, kept in pages:
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "README.md").write_text(text)
+        done = finish(*words, tmp_path / name)
+        page = (tmp_path / name / "README.md").read_text()
+        note = f"note     {tmp_path / name}/README.md is not of main.py and stays: the model has no README.md"
+        assert (note in done.out, page == text) == (kept, kept), done.out
+        assert (publish.MARKS["README.md"] in page) != kept
+        assert publish.MARKS["NOTICE"] in (tmp_path / name / "NOTICE").read_text()
+    assert "nothing is left to train" in finish(*words, tmp_path / "mine").out
