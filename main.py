@@ -1083,7 +1083,7 @@ def pack_split(split, rows, tokenizer, args, rebuild):  # prints a line of repor
         words += f"{others:,} tokens held out, " * bool(others) if name == split else ""  # where the rest is
         die_if(total < length,  # text for less than one chunk
                f"the {name} data has {total:,} tokens, {length - total:,} too few for one chunk of {length:,}: "
-               f"add text, or give --max_seq_length {total} or less")
+               f"add text{', hold out another share' * (len(parts) > 1)}, or give --max_seq_length {total} or less")
         kwargs = {"files": (tokenized.cache_files[0]["filename"],), "length": length, "bos": start}  # a key
         kwargs |= {"first": first, "end": end}  # arrays of 4 bytes a row
         chunks = cached(f"{name}_chunks", group_texts, kwargs, args.cache_dir, rebuild)  # of int32 ids

@@ -294,6 +294,24 @@ def test_the_loss_goes_down_alike_in_every_way(tiny, tmp_path, record_property):
         assert slower_for(done[name].out) == []
 
 
+def test_samples_and_a_dry_run_on_the_gpu(tiny, tmp_path, record_property):
+    """U1, U5: samples change no loss, in windowed attention and in compiled layers; a dry run has the GPU's numbers."""
+    more = ["--bf16", "--validation_split_percentage", 20, "--eval_steps", 10]
+    ways = {"plain": [], "samples": ["--sample_prompt", "The with statement"]}
+    ways |= {"compiled": ["--torch_compile", True], "compiled samples": ["--torch_compile", True, *ways["samples"]]}
+    runs = {name: start(*flags(tiny, tmp_path, name), *more, *words) for name, words in ways.items()}
+    done = {name: ended_well(run) for name, run in runs.items()}
+    for name in ("samples", "compiled samples"):
+        assert done[name].out.count("sample   'The with statement': ") == 4
+        without = losses(done[name.replace("samples", "").strip() or "plain"])
+        assert losses(done[name]) == pytest.approx(without, rel=2e-3)
+    dry = end(start(*flags(tiny, tmp_path, "dry"), *more, "--dry_run"))
+    assert dry.status == 0 and "Dry run: 30 steps; " in dry.out and not (tmp_path / "dry").exists(), dry.out + dry.err
+    memory = re.search(r"^memory +([\d.]+) GB at the peak of a process, of ([\d.]+) GB$", dry.out, re.M)
+    assert float(memory[1]) < float(memory[2]) == pytest.approx(torch.cuda.mem_get_info()[1] / 1e9, rel=0.06)
+    record_property("memory", memory[0])
+
+
 def test_a_missing_flash_attention_is_said_in_a_sentence(tiny, tmp_path, record_property):
     """F5: on a GPU, too; where the package is there, the run trains."""
     done = end(start(*flags(tiny, tmp_path), "--use_flash_attention"))
@@ -422,3 +440,7 @@ def test_a_full_gpu_is_said_in_a_sentence_with_the_remedies(tiny, tmp_path, reco
     sentence = done.err.partition("main.py: error: ")[2].splitlines()[0]
     record_property("the sentence", sentence[:100])
     assert f"out of memory on {DEVICE}" in sentence and "--gradient_checkpointing" in sentence
+    dry = end(start(*argv, "--bf16", "--dry_run"))
+    assert dry.status == 1 and "does not fit into memory: less is tried" in dry.out, dry.out + dry.err
+    fits = re.search(r"did not fit into memory; this does: (--per_device_train_batch_size \d+ .*)", dry.out)
+    record_property("what fits", fits[1])
