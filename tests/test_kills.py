@@ -515,7 +515,7 @@ def test_a_disk_that_becomes_read_only_or_loses_the_run(fault, four_steps, disk,
         disk.call("mount", "--bind", output, output)
         disk.call("mount", "-o", "remount,bind,ro", output)
     done = disk.server.answer()
-    assert done["status"] == 1 and "main.py: error: " in done["err"].splitlines()[-1], done["err"]
+    assert done["status"] == 1 and "main.py: error: " in done["err"].rstrip().splitlines()[-1], done["err"]
     if fault == "gone":
         disk.call("rm", "-rf", output)
         disk.call("mv", disk.folder / "elsewhere", output)
