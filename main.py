@@ -36,7 +36,7 @@ import sys  # arguments, exit status, standard error
 import tempfile  # tries whether a directory can be written
 import time  # speed, and the seconds of all calls
 import warnings  # silences one of torch's
-from contextlib import contextmanager, suppress  # with statements of our own; errors that do not matter
+from contextlib import contextmanager, nullcontext, suppress  # with statements: our own, none, without errors
 from dataclasses import dataclass, field  # state whose fields are listed in one place
 from datetime import timedelta  # how torch takes a timeout
 from glob import escape, glob  # expands "data/*.jsonl" where the shell did not
@@ -64,7 +64,9 @@ MISSING = "the folder tools/ is not beside main.py"  # what is tried before its 
 # ── Command line ───────────────────────────────────────────────────────────────────────────────────
 def log0(*lines):  # progress goes to standard output, from rank 0 alone
     if lines and os.environ.get("RANK", "0") == "0":  # launchers set RANK; a single process has none
-        print(*lines, sep="\n", flush=True)  # flush: a log file shows the lines at once
+        bars = sys.modules.get("tqdm")  # progress bars; here once the libraries are
+        with bars.tqdm.external_write_mode() if bars else nullcontext():  # a line of its own, and the bar below it
+            print(*lines, sep="\n", flush=True)  # flush: a log file shows the lines at once
 def die(sentence, status=2, speaks=SPEAKER):  # ends the run; status 2: a wrong call or wrong data
     end = SystemExit(status)  # no Exception, so that no library catches or wraps it
     vars(end).update(sentence=sentence, speaks=speaks)  # read by reported(), and sent to other ranks
@@ -1289,7 +1291,6 @@ class FineTuner(transformers.Trainer, transformers.TrainerCallback):  # also its
             self.write_samples()  # by the weights that were evaluated
         self.start_stopwatch()  # an evaluation is no time of training
         return metrics | {name: metrics["eval_" + name] for name in ("perplexity", "bits_per_byte")}  # under both names
-
     def write_samples(self):  # what the model writes behind each --sample_prompt; changes no weight
         begin = [~token for token in special_ids(self.processing_class, False)[0]]  # BOS, or none
         log0(*ask("report.samples", self, self.run.args.sample_prompt or (), begin))  # on all ranks
@@ -1406,7 +1407,6 @@ def train_and_save(trainer, run, resume, dtype):  # train, evaluate, publish; a 
             os.replace(join(staging, name), join(run.output_dir, name))  # each file is whole, or absent
         os.rmdir(staging)  # .staging is empty by now
         fsync(run.output_dir)  # on the disk before the exit status says so
-
 def push(run):  # uploads the finished model with --push_to_hub; also one that an earlier call has made
     if run.args.hub and run.ranks.rank == 0:  # once
         fault = ask("publish.push", run.output_dir, *run.args.hub, otherwise=MISSING)  # "" when it is there
