@@ -321,14 +321,15 @@ no_truncation: False
 sample_prompt:
   - "yes: no"
   - 1:30
-report_to: none
+  - --dash
+report_to: [none]
 lr_scheduler_type: cosine_with_min_lr
 lr_scheduler_kwargs: {{min_lr: 1e-6}}
 """
     mine = vars(configured(tmp_path, text))
     words = ["--train_file", train, train, "--output_dir", tmp_path / "out", "--learning_rate", "1e-4",
              "--max_steps=010", "--bf16", "--no_truncation", "False", "--sample_prompt", "yes: no", "1:30",
-             "--report_to", "none",
+             "--sample_prompt=--dash", "--report_to", "none",
              "--lr_scheduler_type=cosine_with_min_lr", '--lr_scheduler_kwargs={"min_lr": 1e-06}']  # fmt: skip
     theirs = vars(main.parse_args([str(word) for word in words]))
     assert {key for key in mine if mine[key] != theirs[key]} == {"config", "given"}
@@ -358,6 +359,7 @@ def test_the_command_line_wins_over_the_file_and_says_so(train, tmp_path, capsys
         "a section of a flag": ("seed:\n  a: 1", "run.yaml: seed is a section"),
         "empty": ("", "run.yaml: it holds no mapping of flags", "learning_rate: 1e-5"),
         "a list": ("- seed", "run.yaml: it holds no mapping of flags"),
+        "two values for one": ("seed: [1, 2]", "run.yaml: seed takes one value: write no list"),
         "no YAML": ("seed: [1", "run.yaml is no YAML file", "line 1"),
         "no UTF-8": (b"seed: \xff", "run.yaml is no YAML file"),
         "a file in the file": ("config: b.yaml", "run.yaml: config stands in the file itself"),

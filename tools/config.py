@@ -3,6 +3,8 @@ import json  # nested values become JSON objects
 
 import yaml  # PyYAML, which transformers needs, too
 
+SEVERAL = ("train_file", "validation_file", "sample_prompt")  # flags that add up when they are repeated
+LISTS = (*SEVERAL, "report_to", "include_for_metrics", "label_names", "debug")  # flags that take more than one value
 
 class Fault(Exception):  # what is wrong with a file, in a sentence without the file's name
     """Raised by the functions below, and caught by words()."""
@@ -38,6 +40,8 @@ def spelled(name, value):  # name (str): of a flag; value: str, list or dict
             raise Fault(f"{name} is a section: write the flags in it as lines of their own")  # no flag has that name
         return [json.dumps({key: number(item) for key, item in value.items()})]  # as it is typed in quotes
     values = value if isinstance(value, list) else [value]  # several files, prompts, reporters
+    if len(values) > 1 and name.lstrip("_") not in LISTS:  # the second would belong to no flag
+        raise Fault(f"{name} takes one value: write no list")  # whichever is meant
     if not values or not all(isinstance(item, str) and item for item in values):  # a list in a list, a mapping
         raise Fault(f"{name} holds no text, no number and no list of them")  # what a flag takes
     return values  # True and False, as the switches take them
@@ -64,8 +68,10 @@ def words(path, typed, known, hint):  # typed (list[str]): words of the command 
             behind = spelled(name, value)  # checked also where the command line wins
             if {flag, flag.replace("--no_", "--")} & bare:  # the command line wins
                 lost.append(name)  # said in the note
-            else:  # as if it had been typed
-                found += [f"{flag}={behind[0]}"] if len(behind) == 1 else [flag, *behind]  # = also before a "-1"
+            elif len(behind) == 1 or name.lstrip("_") in SEVERAL:  # as if it had been typed
+                found += [f"{flag}={word}" for word in behind]  # =, as a word may begin with a dash
+            else:  # reporters and the like
+                found += [flag, *behind]  # repeated, the last one would win
     except Fault as fault:  # of the file's contents
         place = ", " if str(fault).startswith("line ") else ": "  # FILE, line 3: sentence
         return [], "", f"--config {path}{place}{fault}"  # one sentence
